@@ -1,0 +1,158 @@
+"""The library: load, fold, export. Each is one call; the command line composes the same calls."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from foldexport.certify import Certificate
+from foldexport.certify import certify as prove
+from foldexport.errors import ModelError
+from foldexport.fold.analysis import MAX_SIGMA
+from foldexport.fold.constants import Constants
+from foldexport.fold.layers import KIND_OF
+from foldexport.fold.ledger import Ledger
+from foldexport.fold.passes import FoldedGraph, fold_graph
+from foldexport.fold.pending import name_of
+from foldexport.fold.rebuild import rebuild
+from foldexport.interpret import random_nodes
+from foldexport.probes import make, noise_probes
+from foldexport.trace import Graph, trace
+
+RETRY_ABOVE = 8.0  # multiples of the network's own float32 noise above which the fold is tried with fewer absorptions
+#: Operators of the training graph that are not counted: they move or name values, or read sizes.
+UNCOUNTED = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "to", "_to_copy", "sym_size", ""})
+
+
+@dataclass(eq=False)
+class Folded:
+    """A folded network and the proof that it is the network it came from.
+
+    module: plain ``nn.Module`` in eval mode, of the user's own type: ``nn.Sequential`` where it is a chain.
+    ledger: what was folded and what was kept, and why. certificate: the proof, None when it was not asked for.
+    source, graph, example: the training graph's module, its trace, and the inputs that it was traced with.
+    counts_before, counts_after: operators by kind. seconds: per stage.
+    """
+
+    module: nn.Module
+    ledger: Ledger
+    certificate: Certificate | None
+    source: nn.Module
+    graph: Graph
+    example: tuple[Tensor, ...]
+    input_names: list[str]
+    output_names: list[str]
+    counts_before: dict[str, int]
+    counts_after: dict[str, int]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def fold(
+    module: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    certify: bool = True,
+    data: list | None = None,
+    seed: int = 0,
+    progress=None,
+) -> Folded:
+    """Fold an eval-mode network and prove that nothing changed.
+
+    module: any ``nn.Module`` that ``torch.export`` can trace; it is not changed. example: its inputs, of any batch size.
+    data: further inputs to prove it on. progress: called with the name of each step as it begins.
+
+    Raises ModelError (train mode, random operators, weights that are not finite), UsageError and TraceError (the network
+    does not take the example, or cannot be traced), EquivalenceError (the proof failed).
+    """
+    tell = progress or (lambda step: None)
+    seconds: dict[str, float] = {}
+    tell("trace")
+    with _timed(seconds, "trace"):
+        graph = trace(module, example)
+        check_deterministic(graph)
+        check_finite(graph)
+    dtype = weights_dtype(graph)
+    for max_sigma in (MAX_SIGMA, 0.0):
+        tell("fold")
+        with _timed(seconds, "fold"), torch.no_grad():
+            folded = fold_graph(graph, max_sigma)
+            rebuilt = rebuild(folded)
+        certificate = None
+        if certify:
+            with _timed(seconds, "certify"):
+                certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data),
+                                    noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
+            certificate.require()
+            if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
+                continue
+        break
+    with _timed(seconds, "round"):
+        result = rebuilt.to(dtype)
+    return Folded(
+        module=result, ledger=folded.ledger, certificate=certificate, source=module, graph=graph,
+        example=graph.example, input_names=list(graph.input_names), output_names=_output_names(folded),
+        counts_before=count_operators(graph), counts_after=rebuilt.counts, seconds=seconds,
+    )  # fmt: skip
+
+
+class _timed:
+    """Adds the seconds of a block to ``seconds[stage]``."""
+
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._began
+
+
+def check_deterministic(graph: Graph) -> None:
+    """Raises ModelError, naming modules, where a random operator is left on."""
+    found = random_nodes(graph)
+    if not found:
+        return
+    names = ", ".join(f"`{node.meta.get('module') or node.name}` ({name_of(node)})" for node in list(found)[:5])
+    raise ModelError(
+        f"the network is random in eval mode: {names}. Pass `training=self.training` to F.dropout, or remove the operator"
+    )
+
+
+def check_finite(graph: Graph) -> None:
+    """Raises ModelError where a weight is not finite, or a running variance negative: no fold of it can be proved."""
+    for name, tensor in graph.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(f"`{name}` holds {count} values that are NaN or infinite: the checkpoint is damaged")
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            channel = int((tensor < 0).nonzero()[0, 0])
+            raise ModelError(f"`{name}` is negative in channel {channel}: the checkpoint is damaged")
+
+
+def weights_dtype(graph: Graph) -> torch.dtype:
+    """The floating-point type of the user's module: that of most of its weights, float32 where it has none."""
+    found: Counter[torch.dtype] = Counter()
+    for tensor in graph.tensors.values():
+        if tensor.is_floating_point():
+            found[tensor.dtype] += tensor.numel()
+    return found.most_common(1)[0][0] if found else torch.float32
+
+
+def count_operators(graph: Graph) -> dict[str, int]:
+    """Operators of the training graph by kind, those on constants left out."""
+    constants = Constants(graph)
+    counts: Counter[str] = Counter()
+    for node in graph.fx.nodes:
+        name = name_of(node)
+        if node.op == "call_function" and node not in constants and name not in UNCOUNTED:
+            counts[KIND_OF.get(name, name)] += 1
+    return dict(counts)
+
+
+def _output_names(folded: FoldedGraph) -> list[str]:
+    return ["output"] if len(folded.outputs) == 1 else [f"output_{i}" for i in range(len(folded.outputs))]

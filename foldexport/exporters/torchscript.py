@@ -1,0 +1,107 @@
+"""TorchScript: a trace of the module, its archive rewritten so that equal modules give equal bytes.
+
+``torch.jit.save`` stores source positions with paths of the exporting machine (``*.debug_pkl``), the file's own name, and
+class names numbered by how much the process has traced before. The rewritten archive has none of these.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from foldexport.errors import EquivalenceError, UsageError
+from foldexport.exporters import archive, sizes
+from foldexport.exporters.options import ExportOptions
+
+
+class TorchScriptExporter:
+    """Plain eval-mode modules to TorchScript archives, for ``torch.jit.load`` and libtorch."""
+
+    name = "torchscript"
+    suffix = ".torchscript.pt"
+
+    def export(self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None) -> dict[str, Any]:
+        """Write ``module`` to ``path``; equal modules give equal bytes, whatever the process or the folder.
+
+        A trace records sizes as operations, so every axis that the network itself leaves free stays free. TorchScript has
+        positional inputs and outputs; the asked names go into the notes.
+
+        Returns notes for the manifest. Raises :class:`UsageError` when the module cannot be traced, and
+        :class:`PrecisionError` for another precision than fp32.
+        """
+        options = options or ExportOptions()
+        options.require_precision(self.name)
+        sizes.require_free_axes(module, example, options)
+        example = sizes.traceable(example, options)
+        _require_tensors(example)
+        path = Path(path)
+        traced = _trace(module, example)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            raw = Path(folder) / "archive.pt"
+            torch.jit.save(traced, str(raw))
+            archive.rewrite(raw, path)
+            outputs = len(pytree.tree_leaves(traced(*example)))
+        return {"inputs": options.names("input", len(example)), "outputs": options.names("output", outputs)}
+
+    def load(self, path: str | Path, *, optimise: bool = True, threads: int = 0) -> Callable[..., list[np.ndarray]]:
+        """A callable that runs the file in torch.jit on the CPU, ``*arrays -> [arrays]``.
+
+        optimise: the executor's own optimisations; threads: not a property of a loaded file, 0 only.
+        Raises :class:`EquivalenceError` when torch.jit refuses the file.
+        """
+        if threads:
+            raise UsageError("torchscript: threads belong to the process; call torch.set_num_threads instead.")
+        loaded = _load(path)
+
+        def run(*arrays: np.ndarray) -> list[np.ndarray]:
+            tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+            with torch.inference_mode(), torch.jit.optimized_execution(optimise):
+                return [value.numpy(force=True) for value in pytree.tree_leaves(loaded(*tensors)) if isinstance(value, Tensor)]
+
+        return run
+
+    def weights(self, path: str | Path) -> dict[str, np.ndarray]:
+        """Every parameter and buffer of the archive, by name."""
+        loaded = _load(path)
+        state = dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers(remove_duplicate=False))
+        return {name: value.numpy(force=True) for name, value in state.items()}
+
+    def runtime(self) -> str:
+        """The runtime and its version, "torch.jit 2.13.0"."""
+        return f"torch.jit {torch.__version__}"
+
+
+def _require_tensors(example: tuple) -> None:
+    for place, value in enumerate(example):
+        if not isinstance(value, Tensor):
+            raise UsageError(f"torchscript: input {place} is a {type(value).__name__}; a trace takes tensors only.")
+
+
+def _trace(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(module, example, check_trace=False, strict=False)
+    except Exception as error:  # the tracer passes on whatever the module's forward or its own C++ raised
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UsageError(f"torchscript: torch.jit cannot trace this network: {reason[:300]}") from error
+
+
+def _load(path: str | Path) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.jit.load(str(path), map_location="cpu")
+        except Exception as error:  # torch.jit raises RuntimeError, ValueError or its own C++ types on a bad archive
+            reason = str(error).strip().splitlines()[0]
+            raise EquivalenceError(f"torchscript: torch.jit {torch.__version__} refuses the file: {reason}") from error

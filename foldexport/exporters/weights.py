@@ -1,0 +1,71 @@
+"""Whether a file holds the weights of the module that it was written from, bit for bit.
+
+Outputs alone do not show a wrong weight: in a deep network an error in an early layer leaves no trace in the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WeightMatch:
+    """``identical`` of ``total`` weight tensors were found bit for bit; ``missing`` names the others."""
+
+    identical: int
+    total: int
+    missing: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.missing
+
+    def __str__(self) -> str:
+        return f"weights {self.identical}/{self.total} bit-identical"
+
+
+def expected_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The floating parameters and buffers of ``module`` that a file must hold, under their state names.
+
+    Scalars (no axes) are left out, since writers turn them into attributes; counters are not floating.
+    """
+    state = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {name: value.detach() for name, value in state.items() if value.is_floating_point() and value.dim()}
+
+
+def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray]) -> WeightMatch:
+    """Look up every expected tensor among the arrays of a file.
+
+    A tensor whose name is in the file must be there; one that is not may go by any name, since writers merge equal
+    tensors and rename those that they transpose. Either way its bits must be the same, in its own order of elements or
+    with two axes exchanged (``[out, in]`` stored as ``[in, out]``).
+    """
+    arrays = {name: np.ascontiguousarray(value) for name, value in found.items() if value.dtype.kind not in "OSU"}
+    digests = {name: _digest(value) for name, value in arrays.items()}
+    everything = set(digests.values())
+    missing = []
+    for name, value in expected.items():
+        forms = _forms(value.numpy(force=True))
+        if not forms & ({digests[name]} if name in digests else everything):
+            missing.append(name)
+    return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
+
+
+def _forms(value: np.ndarray) -> set[bytes]:
+    """Digests of the orders in which a writer may store the elements."""
+    forms = {_digest(np.ascontiguousarray(value))}
+    if value.ndim >= 2:
+        forms |= {_digest(np.ascontiguousarray(each)) for each in (np.swapaxes(value, -1, -2), np.swapaxes(value, 0, 1))}
+    return forms
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """Of the bits and their type; not of the shape, since writers add and drop axes of length one."""
+    digest = hashlib.blake2b(str(array.dtype).encode(), digest_size=16)
+    digest.update(array.reshape(-1).view(np.uint8))
+    return digest.digest()

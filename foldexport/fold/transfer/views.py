@@ -1,0 +1,200 @@
+"""Views: the affine is mapped the way the elements are."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from foldexport.fold import reshape as mapping
+from foldexport.fold.affine import Affine
+from foldexport.fold.needs import EXACT
+from foldexport.fold.passes import Fold, Operand
+from foldexport.fold.pending import dynamic_axes, name_of, shape_of
+from foldexport.fold.stored import Pending
+from foldexport.trace import bound
+
+
+def _source(node: fx.Node) -> fx.Node:
+    args = bound(node)
+    return args.get("self", args.get("input"))
+
+
+def _put_view(fold: Fold, node: fx.Node, source: fx.Node, pending: Pending, affine: Affine, unmap) -> None:
+    stored = fold.call(node, "view", {source: pending.stored}, unmap=unmap)
+    fold.put(node, stored, affine, pending.carried)
+
+
+def _exact(fold: Fold, node: fx.Node, pending: Pending) -> Pending:
+    return fold.satisfy(pending, EXACT, node, f"`{fold.label(node)}` mixes the axes along which it varies")
+
+
+def reshape(fold: Fold, node: fx.Node) -> bool:
+    """view, reshape, flatten, unflatten, squeeze, unsqueeze: by groups of axes with equal products."""
+    source = _source(node)
+    if not fold.is_variable(source):
+        return False
+    shapes = shape_of(source), shape_of(node)
+    dynamic = dynamic_axes(source), dynamic_axes(node)
+    pending = fold.pending(source)
+    affine = mapping.map_view(pending.affine, *shapes, set(dynamic[0]), set(dynamic[1]))
+    if affine is None:
+        pending = _exact(fold, node, pending)
+        affine = Affine.identity(len(shapes[1]))
+
+    def unmap(change: Affine) -> Affine | None:
+        return mapping.unmap_view(change, *shapes, set(dynamic[0]), set(dynamic[1]))
+
+    _put_view(fold, node, source, pending, affine, unmap)
+    return True
+
+
+def _order(node: fx.Node, rank: int) -> list[int] | None:
+    """The permutation of a permute, transpose, t, movedim: axis i of the result is axis order[i] of the operand."""
+    order = list(range(rank))
+    marks = torch.empty([i + 2 for i in range(rank)], device="meta")
+    args = bound(node)
+    rest = [value for key, value in args.items() if key not in ("self", "input")]
+    try:
+        moved = node.target(marks, *rest)
+    except RuntimeError:
+        return None
+    sizes = [size - 2 for size in moved.shape]
+    return sizes if sorted(sizes) == order else None
+
+
+def permute(fold: Fold, node: fx.Node) -> bool:
+    """permute, transpose, t, movedim, swapaxes."""
+    source = _source(node)
+    if not fold.is_variable(source):
+        return False
+    pending = fold.pending(source)
+    order = _order(node, pending.stored.rank)
+    if order is None:
+        return False
+    back = [order.index(axis) for axis in range(len(order))]
+    _put_view(fold, node, source, pending, pending.affine.permute(order), lambda change: change.permute(back))
+    return True
+
+
+def _kept_only(axis: int):
+    """The way back through a cut along ``axis``: possible when the change is constant along it."""
+    return lambda change: change if axis not in change.axes() else None
+
+
+def index(fold: Fold, node: fx.Node) -> bool:
+    """slice, select, narrow: the affine is cut the same way."""
+    source, args = _source(node), bound(node)
+    if not fold.is_variable(source):
+        return False
+    pending = fold.pending(source)
+    rank = pending.stored.rank
+    axis = args.get("dim", 0) % rank
+    if axis in pending.affine.axes() and not _static(args):
+        pending = _exact(fold, node, pending)
+    name = name_of(node)
+    cut = lambda x: x if x.shape[axis] == 1 else _cut(node, x, args)  # noqa: E731 - both halves alike
+    if name == "select":
+        scale, shift = (x.squeeze(axis) if x.shape[axis] == 1 else _cut(node, x, args) for x in _halves(pending.affine))
+        _put_view(fold, node, source, pending, Affine(scale, shift), lambda change: None if not change.is_identity else change)
+        return True
+    scale, shift = (cut(x) for x in _halves(pending.affine))
+    _put_view(fold, node, source, pending, Affine(scale, shift), _kept_only(axis))
+    return True
+
+
+def _halves(affine: Affine):
+    return affine.scale, affine.shift
+
+
+def _static(args: dict) -> bool:
+    return not any(isinstance(value, fx.Node) for key, value in args.items() if key not in ("self", "input"))
+
+
+def _cut(node: fx.Node, tensor: torch.Tensor, args: dict) -> torch.Tensor:
+    rest = [value for key, value in args.items() if key not in ("self", "input")]
+    return node.target(tensor, *rest)
+
+
+def expand(fold: Fold, node: fx.Node) -> bool:
+    """expand of size-1 axes: the affine, which is constant along them, stays."""
+    source = _source(node)
+    if not fold.is_variable(source) or len(shape_of(source)) != len(shape_of(node)):
+        return False
+    pending = fold.pending(source)
+    _put_view(fold, node, source, pending, pending.affine, lambda change: None if not change.is_identity else change)
+    return True
+
+
+def split(fold: Fold, node: fx.Node) -> bool:
+    """split, chunk, unbind: one stored tensor per part, each with its part of the affine."""
+    source, args = _source(node), bound(node)
+    if not fold.is_variable(source):
+        return False
+    pending = fold.pending(source)
+    rank = pending.stored.rank
+    axis = args.get("dim", 0) % rank
+    if axis in dynamic_axes(source) or (name_of(node) == "unbind" and axis in pending.affine.axes()):
+        return False
+    whole = fold.call(node, "opaque", {source: pending.stored})
+    parts, start = [], 0
+    for number, value in enumerate(node.meta["val"]):
+        shape = tuple(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
+        dynamic = frozenset(i for i, s in enumerate(value.shape) if not isinstance(s, int))
+        part = fold.emit(node, "opaque", [whole], suffix=f"_{number}", shape=shape, dynamic=dynamic,
+                         call=(operator.getitem, (Operand(0), number), {}))  # fmt: skip
+        part.reads = 2
+        if name_of(node) == "unbind":
+            affine = Affine(pending.affine.scale.squeeze(axis), pending.affine.shift.squeeze(axis))
+        else:
+            affine = pending.affine.slice(axis, range(start, start + shape[axis]))
+            start += shape[axis]
+        parts.append(Pending.of(part, affine, pending.carried))
+    fold.values[node] = parts
+    return True
+
+
+def channel_shuffle(fold: Fold, node: fx.Node) -> bool:
+    """channel_shuffle: a permutation of the channels."""
+    return _by_marking(fold, node, space_moves=False)
+
+
+def pixel_shuffle(fold: Fold, node: fx.Node) -> bool:
+    """pixel_shuffle and pixel_unshuffle: equal factors within each group of channels that share a pixel."""
+    return _by_marking(fold, node, space_moves=True)
+
+
+def _by_marking(fold: Fold, node: fx.Node, space_moves: bool) -> bool:
+    """Send the affine through the operator itself on a small tensor and see whether it is constant over space."""
+    source, args = _source(node), bound(node)
+    if not fold.is_variable(source):
+        return False
+    pending = fold.pending(source)
+    affine = pending.affine
+    if any(axis != 1 for axis in affine.axes()):
+        pending = _exact(fold, node, pending)
+        affine = pending.affine
+    mapped = _send(node, args, affine, shape_of(source)[1])
+    if mapped is None:
+        pending = _exact(fold, node, pending)
+        mapped = Affine.identity(pending.stored.rank)
+    none = lambda change: change if change.is_identity else None  # noqa: E731
+    _put_view(fold, node, source, pending, mapped, none)
+    return True
+
+
+def _send(node: fx.Node, args: dict, affine: Affine, channels: int) -> Affine | None:
+    if affine.is_identity:
+        return affine
+    rest = [value for key, value in args.items() if key not in ("self", "input")]
+    side = max([value for value in rest if isinstance(value, int)], default=1)
+    halves = []
+    for half in _halves(affine):
+        small = half.expand(1, channels, *half.shape[2:]).expand(1, channels, *([side] * (half.dim() - 2))).contiguous()
+        sent = node.target(small, *rest)
+        flat = sent.flatten(2)
+        if not bool((flat == flat[:, :, :1]).all()):
+            return None
+        halves.append(flat[:, :, :1].reshape((1, -1) + (1,) * (half.dim() - 2)))
+    return Affine(*halves)

@@ -1,0 +1,245 @@
+"""Running the folded network on the training graph's own values, one operator at a time.
+
+Every operator of the folded network reads *references*: the training graph's values in stored form,
+``s = (v − shift) / scale``. Its own result is compared with what the training graph holds there, so no operator can hide
+behind what comes after it, and no error travels. Both networks advance together, and a value lives only as long as one
+of them still reads it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from foldexport.errors import FoldexportError
+from foldexport.fold.rebuild import Program, Record
+from foldexport.interpret import evaluate, steps
+
+if TYPE_CHECKING:
+    from foldexport.trace import Graph
+
+NUDGE = 2.0**-26  # relative change of inputs that shows how an operator magnifies rounding
+
+
+class Runner(fx.Interpreter):
+    """The folded network node by node, under the float rule of the training graph's interpreter."""
+
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.dtype = dtype
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        return evaluate(n, *self.fetch_args_kwargs_from_env(n), self.dtype)
+
+    def run_on(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """The node's result when its inputs have these values."""
+        saved, self.env = self.env, values
+        try:
+            return self.run_node(node)
+        finally:
+            self.env = saved
+
+
+@dataclass(eq=False)
+class Visit:
+    """One operator of the folded network, evaluated on references.
+
+    computed: what it gave; None when it raised, with the reason in `refusal`.
+    records, values: its claims ``v = scale ⊙ s + shift``, and the training graph's values of those names.
+    references: its inputs in stored form; offsets: ``|shift / scale|`` of those inputs that were recovered, the size
+        at which their recovery rounded.
+    exact: no input was recovered, so that the operator read the very bits that the training graph has.
+    """
+
+    node: fx.Node
+    computed: Any
+    refusal: str
+    records: list[Record]
+    values: dict[str, Any]
+    references: dict[fx.Node, Any]
+    offsets: dict[fx.Node, Tensor]
+    exact: bool
+
+
+@dataclass(eq=False)
+class Schedule:
+    """When each folded operator runs and how long each training value is kept.
+
+    A folded operator is due once the training graph has made every value that its own records and those of everything
+    before it name. Linear in the size of both graphs. The folded network's outputs get one record more each: that they
+    are the training graph's outputs as they stand.
+
+    Raises :class:`FoldexportError` when the program does not fit the graph at all (names, number of outputs).
+    """
+
+    graph: Graph
+    program: Program
+    records: dict[str, list[Record]] = field(init=False)
+    due: list[tuple[int, fx.Node]] = field(init=False)
+    last_need: dict[str, int] = field(init=False)
+    last_reader: dict[fx.Node, fx.Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.records = {name: list(records) for name, records in self.program.records.items()}
+        for stored, value in output_pairs(self.graph, self.program):
+            if isinstance(stored, fx.Node) and isinstance(value, fx.Node):
+                self._claim_output(stored, value)
+        place = {node.name: index for index, node in enumerate(self.graph.fx.nodes)}
+        need: dict[fx.Node, int] = {}
+        for node in self.program.module.graph.nodes:
+            own = [self._place(place, node, record) for record in self.records.get(node.name, ())]
+            need[node] = max([-1, *own, *(need[source] for source in node.all_input_nodes)])
+        self.due = sorted(((when, node) for node, when in need.items()), key=lambda pair: pair[0])
+        self.last_need, self.last_reader = {}, {}
+        for when, node in self.due:
+            for record in self.records.get(node.name, ()):
+                self.last_need[record.value] = max(when, self.last_need.get(record.value, -1))
+            for source in node.all_input_nodes:
+                self.last_reader[source] = node
+
+    def _claim_output(self, stored: fx.Node, value: fx.Node) -> None:
+        own = self.records.setdefault(stored.name, [])
+        if not any(record.value == value.name and is_identity(record) for record in own):
+            one = torch.ones((), dtype=torch.float64)
+            own.insert(0, Record(value.name, one, torch.zeros_like(one), None))
+
+    @staticmethod
+    def _place(place: dict[str, int], node: fx.Node, record: Record) -> int:
+        if record.value not in place:
+            raise FoldexportError(f"folded operator {node.name!r} records {record.value!r}, which was never traced")
+        return place[record.value]
+
+
+def output_pairs(graph: Graph, program: Program) -> list[tuple[Any, Any]]:
+    """(folded, training) leaves of the two output nodes, in order."""
+    folded = pytree.tree_leaves(program.module.graph.output_node().args[0])
+    training = pytree.tree_leaves(graph.fx.output_node().args[0])
+    if len(folded) != len(training):
+        raise FoldexportError(f"the folded network has {len(folded)} outputs, the training graph {len(training)}")
+    return list(zip(folded, training, strict=True))
+
+
+class Lockstep:
+    """The two networks side by side on one set of inputs; iterate once, inside ``torch.no_grad()``.
+
+    watch: names of training values to keep in `watched`, for the comparison from end to end.
+    """
+
+    def __init__(self, schedule: Schedule, inputs: tuple, watch: frozenset[str] = frozenset()) -> None:
+        self.schedule, self.inputs, self.watch = schedule, inputs, watch
+        self.watched: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
+        self._references: dict[fx.Node, Any] = {}
+        self._offsets: dict[fx.Node, Tensor] = {}
+        self._exact: set[fx.Node] = set()
+        self._runner = Runner(schedule.program.module)
+
+    def __iter__(self) -> Iterator[Visit]:
+        """Visits in an order that respects the folded graph; raises what the training graph raises."""
+        place = {node: index for index, node in enumerate(self.schedule.graph.fx.nodes)}
+        expiry: dict[int, list[str]] = defaultdict(list)
+        self._runner.args_iter = iter(self.inputs)
+        pending, due = 0, self.schedule.due
+        for node, value in steps(self.schedule.graph, self.inputs, torch.float64):
+            if node.name in self.watch:
+                self.watched[node.name] = value
+            if node.name in self.schedule.last_need:
+                self._values[node.name] = value
+                expiry[self.schedule.last_need[node.name]].append(node.name)
+            del value  # the training graph frees it after its own last reader
+            while pending < len(due) and due[pending][0] <= place[node]:
+                yield from self._visit(due[pending][1])
+                pending += 1
+            for name in expiry.pop(place[node], ()):
+                self._values.pop(name, None)
+        for _, node in due[pending:]:
+            yield from self._visit(node)
+
+    def nudged(self, visit: Visit, seed: int) -> Any:
+        """The operator's result when its inputs move by ``±NUDGE`` of the sizes that they rounded at."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {
+            source: pytree.tree_map(lambda value, at=source: _nudge(value, visit.offsets.get(at), generator), held)
+            for source, held in visit.references.items()
+        }
+        return self._runner.run_on(visit.node, inputs) if inputs else visit.computed
+
+    def _visit(self, node: fx.Node) -> Iterator[Visit]:
+        sources = node.all_input_nodes
+        inputs = {source: self._references[source] for source in sources}
+        records = self.schedule.records.get(node.name, [])
+        values = {record.value: self._values[record.value] for record in records if record.value in self._values}
+        computed, refusal = self._evaluate(node, inputs)
+        offsets = {source: self._offsets[source] for source in sources if source in self._offsets}
+        exact = all(source in self._exact for source in sources)
+        yield Visit(node, computed, refusal, records, values, inputs, offsets, exact)
+        self._references[node] = reference(computed, records, values)
+        if records and not is_identity(records[-1]):
+            self._offsets[node] = _offset(records[-1])
+        elif records or exact:
+            self._exact.add(node)
+        for source in sources:
+            if self.schedule.last_reader[source] is node:
+                self._references.pop(source, None)
+                self._offsets.pop(source, None)
+
+    def _evaluate(self, node: fx.Node, inputs: dict[fx.Node, Any]) -> tuple[Any, str]:
+        try:
+            return self._runner.run_on(node, inputs), ""
+        except Exception as error:  # an operator may raise anything; that it cannot run here is the finding
+            lines = str(error).strip().splitlines()
+            return None, lines[0] if lines else type(error).__name__
+
+
+def is_inexact(value: object) -> bool:
+    """Whether a value is a tensor of real or complex numbers, for which rounding is defined."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def is_identity(record: Record) -> bool:
+    """Whether the stored tensor is the training value itself, on every channel."""
+    return record.usable is None and bool((record.scale == 1).all()) and bool((record.shift == 0).all())
+
+
+def reference(computed: Any, records: list[Record], values: dict[str, Any]) -> Any:
+    """``s = (v − shift) / scale``, channel by channel from the last record that knows the channel.
+
+    A record knows a channel when it is usable there and its scale is not 0. Channels that none knows, and operators
+    without records, keep what the folded operator itself computed.
+    """
+    result = computed
+    for record in records:
+        value = values.get(record.value)
+        if not isinstance(value, Tensor) or (isinstance(computed, Tensor) and value.shape != computed.shape):
+            continue
+        if is_identity(record) or not is_inexact(value):
+            result = value
+            continue
+        known = record.scale != 0 if record.usable is None else (record.scale != 0) & record.usable
+        if not bool(known.any()):
+            continue
+        stored = (value - record.shift).div_(torch.where(known, record.scale, 1.0))
+        result = stored if bool(known.all()) or result is None else torch.where(known, stored, result)
+    return result
+
+
+def _offset(record: Record) -> Tensor:
+    """``|shift / scale|`` where the record knows the channel, else 0."""
+    scale = torch.where(record.scale == 0, 1.0, record.scale)
+    return torch.where(record.scale == 0, 0.0, record.shift / scale).abs()
+
+
+def _nudge(value: Any, offset: Tensor | None, generator: torch.Generator) -> Any:
+    if not is_inexact(value):
+        return value
+    sign = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
+    size = value if offset is None else value.abs() + offset
+    return value + NUDGE * sign * size

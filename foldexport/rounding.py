@@ -1,0 +1,212 @@
+"""Float32 error of the folded network, in units of the training graph's own float32 error.
+
+Exact algebra can still ruin float32: a shift β/γ absorbed upstream where γ is tiny adds a huge number and takes it off
+again. In float64 such a fold is perfect, so rounding is measured on its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from foldexport.endtoend import beyond_jumps
+from foldexport.interpret import outputs
+from foldexport.lockstep import Lockstep, Runner, Schedule, is_inexact
+
+if TYPE_CHECKING:
+    from foldexport.fold.rebuild import Program
+    from foldexport.probes import Probe
+    from foldexport.trace import Graph
+
+WARN = 4.0  # multiples of the training graph's noise
+REFUSE = 8.0
+MAX_BLAMED = 8
+
+Run = Callable[[tuple], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """One network's error in low precision.
+
+    error: largest difference over the probe's peak; multiple: the error in units of the training graph's own noise at the
+    worst output, None when no output can be judged; see :func:`rounding`.
+    """
+
+    error: float
+    multiple: float | None
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Where float32 hurts: an operator, its worst channel and its own error over the value's peak, in units of 2^-24."""
+
+    module: str
+    operator: str
+    value: str
+    channel: int | None
+    error_units: float
+
+
+@dataclass(eq=False)
+class Rounding:
+    """What :func:`rounding` measured.
+
+    levels: the training graph's own noise in `dtype`, one number per output, a fraction of the peak; noise: the largest.
+    multiples: the networks' errors in those units. worst: filled by :meth:`blame`.
+    """
+
+    dtype: str
+    noise: float
+    levels: list[float]
+    samples: int
+    multiples: dict[str, Multiple]
+    worst: list[Blame] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """One line for each network above four times the noise, with the worst channel's name where it is known."""
+        lines = []
+        for name, found in self.multiples.items():
+            if found.multiple is None or found.multiple <= WARN:
+                continue
+            worst = self.worst[0] if self.worst and name == "folded" else None
+            channel = "" if worst is None or worst.channel is None else f" channel {worst.channel}"
+            where = "" if worst is None else f"; worst: '{worst.module}'{channel}"
+            lines.append(f"{name}: {found.multiple:.1f} times the network's own {self.dtype} noise{where}")
+        return lines
+
+    def blame(self, schedule: Schedule, probe: Probe) -> None:
+        """Fill `worst` when the folded network is above the warning."""
+        multiple = self.multiples["folded"].multiple
+        if multiple is not None and not multiple <= WARN:
+            self.worst = worst_conditioned(schedule, probe)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def rounding(graph: Graph, runs: dict[str, Run], probes: list[Probe], dtype: torch.dtype = torch.float32) -> Rounding:
+    """Errors of the training graph and of other networks in ``dtype``, against the training graph in float64.
+
+    With r the float64 reference of an output, ``e = (y − r) / max |r|`` on each probe, and both taken over all probes,
+
+        n = max(RMS(e of the training graph), floor),    multiple = max( RMS(e) / n,  max |e| / max(n·q(N), max |e| of the
+        training graph) ),    q(N) = max(1, √(2 ln N))  for N elements,
+
+    with a floor of half a unit in the last place (2^-24 for float32). q(N) is what the largest of N normal errors is
+    expected to reach (Cramér 1946, §28.6), so that one bad channel among many counts in full. Outputs that are not real
+    numbers, or that lie behind an operator that jumps, are left out.
+
+    runs: name -> network, which takes a probe's inputs (floats in float64) and gives its outputs, flat, in order.
+    probes: eight samples or more; those whose reference is not finite are left out.
+    """
+    behind, _ = beyond_jumps(graph.fx)
+    leaves = pytree.tree_leaves(graph.fx.output_node().args[0])
+    judged = [place for place, leaf in enumerate(leaves) if leaf not in behind and is_inexact(_meta(leaf))]
+    own = {place: Errors() for place in judged}
+    others = {name: {place: Errors() for place in judged} for name in runs}
+    samples = 0
+    for probe in probes:
+        wanted = outputs(graph, probe.inputs, torch.float64)
+        if not all(bool(wanted[place].isfinite().all()) for place in judged):
+            continue
+        samples += probe.samples
+        found = outputs(graph, probe.inputs, dtype)
+        for place in judged:
+            own[place].add(wanted[place], found[place])
+        for name, run in runs.items():
+            found = run(probe.inputs)
+            for place in judged:
+                others[name][place].add(wanted[place], found[place])
+    floor = torch.finfo(dtype).eps / 2
+    levels = [max(floor, own[place].rms) if place in own else floor for place in range(len(leaves))]
+    multiples = {name: _multiple(errors, own, levels) for name, errors in others.items()}
+    return Rounding(str(dtype).split(".")[1], max(levels, default=floor), levels, samples, multiples)
+
+
+@dataclass(eq=False)
+class Errors:
+    """Running RMS and maximum of ``(found − wanted) / max |wanted|``."""
+
+    squares: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+
+    def add(self, wanted: Tensor, found: Any) -> None:
+        """One output of one probe; what is not finite or of another shape counts as infinite."""
+        if wanted.numel() == 0:
+            return
+        error = torch.full((), math.inf)
+        if isinstance(found, Tensor) and found.shape == wanted.shape:
+            error = (found.to(wanted.dtype) - wanted).abs() / (float(wanted.abs().max()) or 1.0)
+            error = torch.where(error.isfinite(), error, math.inf)
+        self.squares += float(error.square().sum())
+        self.count += wanted.numel()
+        self.largest = max(self.largest, float(error.max()))
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+def _multiple(errors: dict[int, Errors], own: dict[int, Errors], levels: list[float]) -> Multiple:
+    ratios = []
+    for place, found in errors.items():
+        if found.count:
+            expected = levels[place] * max(1.0, math.sqrt(2.0 * math.log(found.count)))
+            ratios.append(max(found.rms / levels[place], found.largest / max(expected, own[place].largest)))
+    return Multiple(max((found.largest for found in errors.values()), default=0.0), max(ratios, default=None))
+
+
+def folded_in(program: Program, dtype: torch.dtype) -> Run:
+    """The folded network, cast to ``dtype``, as a run."""
+    module = copy.deepcopy(program.module).to(dtype)
+
+    def run(inputs: tuple) -> list[Any]:
+        given = [value.to(dtype) if is_inexact(value) and not value.is_complex() else value for value in inputs]
+        return pytree.tree_leaves(Runner(module, dtype).run(*given))
+
+    return run
+
+
+@torch.no_grad()
+def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
+    """The operators that lose most in float32 on their own, worst first.
+
+    Each folded operator reads the float32 rounding of its float64 references; its error, ``scale·(s32 − s64)``, is taken
+    over the peak of the training value. What it reads counts as well, so a huge stored shift is blamed on its readers.
+    """
+    runner = Runner(copy.deepcopy(schedule.program.module).float(), torch.float32)
+    twins = {node.name: node for node in runner.module.graph.nodes}
+    found = []
+    for visit in Lockstep(schedule, probe.inputs):
+        if visit.node.op in ("placeholder", "output") or not visit.records or not is_inexact(visit.computed):
+            continue
+        record = visit.records[-1]
+        twin = twins[visit.node.name]
+        inputs = {twins[source.name]: _single(value) for source, value in visit.references.items()}
+        error = (record.scale * (runner.run_on(twin, inputs).double() - visit.computed)).abs()
+        peak = float(visit.values[record.value].abs().max()) or 1.0
+        axis = 1 if error.dim() > 1 else None
+        per_channel = error.transpose(0, axis).flatten(1).amax(1) if axis else error.amax().reshape(1)
+        channel = int(per_channel.argmax())
+        label = schedule.program.labels.get(visit.node.name) or visit.node.name
+        units = float(per_channel[channel]) / peak * 2**24
+        found.append(Blame(label, visit.node.name, record.value, channel if axis else None, units))
+    return sorted(found, key=lambda blame: -blame.error_units)[:MAX_BLAMED]
+
+
+def _single(value: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.float() if is_inexact(leaf) and not leaf.is_complex() else leaf, value)
+
+
+def _meta(leaf: Any) -> Any:
+    return leaf.meta.get("val") if hasattr(leaf, "meta") else None

@@ -1,0 +1,102 @@
+"""Training graphs that checkpoints are recognised as, by their keys and shapes alone.
+
+A new family is a file that declares a `Family`, and a line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from foldexport.checkpoint.tensors import check_finite, check_running_var
+from foldexport.errors import CheckpointError, UsageError
+from foldexport.zoo import diracnet_files
+from foldexport.zoo.dirac import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU
+from foldexport.zoo.diracnet import DiracNet, diracnet
+from foldexport.zoo.family import Family, Identified
+from foldexport.zoo.loading import SHOWN_KEYS, uniform_precision
+
+__all__ = [
+    "FAMILIES", "DiracConv1d", "DiracConv2d", "DiracConv3d", "DiracNet", "Family", "Identified", "NCReLU",
+    "arch_names", "diracnet", "identify",
+]  # fmt: skip
+
+# Asked in this order; a checkpoint is of the first that recognises it.
+FAMILIES: tuple[Family, ...] = (
+    diracnet_files.FAMILY,
+)  # fmt: skip
+
+PREPROCESSING_FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "label_names")
+
+
+def arch_names() -> tuple[str, ...]:
+    """The names that ``--arch`` takes for networks of the zoo."""
+    return tuple(family.arch for family in FAMILIES)
+
+
+def identify(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    source: str = "checkpoint",
+) -> Identified:
+    """The network that a flat state dict is of, with its weights, in eval mode.
+
+    ``metadata`` is what lay beside the weights; a timm ``pretrained_cfg`` in it overrules the family's preprocessing.
+    ``arch``: a name of `arch_names`, where only that family is asked and ``arch_args`` overrule what it reads from the
+    shapes. ``source`` names the file in errors. Half-precision weights are widened to float32; a float64 checkpoint gives a
+    float64 network.
+
+    Raises CheckpointError: no family has such keys; keys missing, surplus or of another shape; values that are not finite; a
+    negative running variance. Raises UsageError for an unknown ``arch`` or ``arch_args``.
+    """
+    if not tensors:
+        raise CheckpointError(f"{source}: holds no tensors.")
+    family = _named(arch) if arch else _recognising(tensors, source)
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    plain, notes = uniform_precision(plain)
+    identified = family.load(plain, dict(arch_args or {}), source)
+    check_finite(tensors, source)
+    check_running_var(tensors, source)
+    identified.notes[:0] = notes
+    _take_preprocessing(identified, (metadata or {}).get("pretrained_cfg"))
+    return identified
+
+
+def _take_preprocessing(identified: Identified, config: Any) -> None:
+    if not isinstance(config, Mapping):
+        return
+    stated = {name: config[name] for name in PREPROCESSING_FIELDS if config.get(name)}
+    identified.preprocessing |= stated
+    if "input_size" in stated:
+        identified.input_shape = (1, *stated["input_size"])
+    if stated:
+        identified.notes.append(f"preprocessing taken from the file's pretrained_cfg: {', '.join(stated)}")
+
+
+def _named(arch: str) -> Family:
+    found = next((family for family in FAMILIES if family.arch == arch), None)
+    if found is None:
+        raise UsageError(
+            f"--arch {arch}: the zoo has {', '.join(arch_names())}; for a network of your own pass package.module:callable."
+        )
+    return found
+
+
+def _recognising(tensors: Mapping[str, Tensor], source: str) -> Family:
+    found = next((family for family in FAMILIES if family.recognises(tensors)), None)
+    if found is not None:
+        return found
+    keys = list(tensors)
+    seen = ", ".join(keys[:SHOWN_KEYS]) + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
+    nearest = max(FAMILIES, key=lambda family: family.fitting(keys))
+    fit = nearest.fitting(keys)
+    near = f"nearest: {nearest.name}, {fit} of {len(keys)} keys fit" if fit else "none comes near"
+    raise CheckpointError(
+        f"{source}: no known architecture has its keys {seen} ({near}).\n"
+        "Pass --arch package.module:callable or --arch path/file.py:callable that builds the network."
+    )
