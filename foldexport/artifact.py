@@ -1,7 +1,7 @@
 """Files put in place whole or not at all.
 
-An artifact is written into a temporary folder beside its destination, proven there, and then moved with
-``os.replace``, which is atomic within one file system. Whatever ends the work before that, the destination is as it was.
+An artifact is written into a temporary folder beside its destination, proven there, and then moved with ``os.replace``,
+which is atomic within one file system. Whatever ends the work before that, the destination is as it was.
 """
 
 from __future__ import annotations
@@ -85,14 +85,21 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Raise :class:`UsageError` unless a file can be put at ``path``; tries the folder, since permissions alone do not tell."""
+    """Raise :class:`UsageError` unless a file can be put at ``path``.
+
+    The folder is tried, since permissions alone do not tell (a read-only mount, the superuser).
+    """
     target = Path(path)
     if target.is_dir():
-        raise UsageError(f"{target} is a folder: name the file to write, for example {target / 'network'}{target.suffix or '.onnx'}.")
+        raise UsageError(
+            f"{target} is a folder: name the file to write, for example {target / 'network'}{target.suffix or '.onnx'}."
+        )
     if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{target} exists already: pass --overwrite to replace it, or -o to write elsewhere.")
     if not target.parent.is_dir():
-        raise UsageError(f"cannot write {target}: the folder {target.parent} does not exist. Create it, or choose another with -o.")
+        raise UsageError(
+            f"cannot write {target}: the folder {target.parent} does not exist. Create it, or choose another with -o."
+        )
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".foldexport-", dir=target.parent))
     except OSError as error:
@@ -103,8 +110,8 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> No
 def staged(destinations: Sequence[str | os.PathLike], *, overwrite: bool = False) -> Iterator[list[Path]]:
     """Temporary paths to write to, of the same names as ``destinations``; all moved in place when the block ends well.
 
-    What the block writes beside a path (``net.onnx.data`` beside ``net.onnx``) goes with it. When the block raises, or one
-    of the moves fails, no destination has changed and no temporary folder is left.
+    What the block writes beside a path (``net.onnx.data`` beside ``net.onnx``) goes with it. When the block raises, or
+    one of the moves fails, no destination has changed and no temporary folder is left.
 
     Raises :class:`UsageError` on entry as :func:`check_destination` does, and on a name that occurs twice.
     """
@@ -138,7 +145,10 @@ def _beside(path: Path) -> list[Path]:
 
     Companions are placed first, so that a file never stands without the data it refers to.
     """
-    return sorted((each for each in path.parent.iterdir() if each.name.startswith(path.name)), key=lambda each: (each == path, each.name))
+    return sorted(
+        (each for each in path.parent.iterdir() if each.name.startswith(path.name)),
+        key=lambda each: (each == path, each.name),
+    )
 
 
 def _place(moves: Sequence[tuple[Path, Path]], overwrite: bool) -> None:

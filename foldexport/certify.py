@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from foldexport.endtoend import EndToEnd, EndToEndRun
 from foldexport.errors import EquivalenceError
@@ -35,7 +36,7 @@ class Certificate:
     failures: every operator that does not give its value, in the order of the folded network; worst: the value that
         came closest to its bound, or exceeded it most.
     n_values, n_nodes: values of the training graph that were compared, and operators of the folded network that made
-        them. seconds: of the whole proof.
+        them. silent: user's module -> channels that are 0 on every probe, whose readers were hardly tried.
     dropped: (probe, reason) of probes whose reference is not finite; skipped: of shapes that the network does not take.
     """
 
@@ -48,6 +49,7 @@ class Certificate:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
     rounding: Rounding | None = None
+    silent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -101,6 +103,7 @@ class Certificate:
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "end_to_end": None if self.end_to_end is None else self.end_to_end.to_dict(),
             "rounding": None if self.rounding is None else self.rounding.to_dict(),
+            "silent": self.silent,
             "seconds": self.seconds,
         }
         return _json(record)
@@ -136,9 +139,11 @@ def certify(
     schedule, certificate = Schedule(graph, program), Certificate()
     outputs = EndToEndRun(schedule)
     proved: dict[str, set[str]] = {}
+    peaks: dict[str, Tensor] = {}
     for probe in probes:
         tell(f"probe {probe.name}")
-        _judge(schedule, probe, outputs, certificate, proved)
+        _judge(schedule, probe, outputs, certificate, proved, peaks)
+    certificate.silent = _silent(graph, peaks)
     certificate.n_nodes, certificate.n_values = len(proved), len(set().union(*proved.values()))
     if noise_probes and certificate.probes:
         tell("float32 rounding")
@@ -151,12 +156,17 @@ def certify(
 
 
 def _judge(
-    schedule: Schedule, probe: Probe, outputs: EndToEndRun, certificate: Certificate, proved: dict[str, set[str]]
+    schedule: Schedule,
+    probe: Probe,
+    outputs: EndToEndRun,
+    certificate: Certificate,
+    proved: dict[str, set[str]],
+    peaks: dict[str, Tensor],
 ) -> None:
     """One probe: the local certificate, then the whole folded network; what it finds goes into the certificate."""
     run = Lockstep(schedule, probe.inputs, outputs.watch)
     try:
-        findings = findings_on(run, probe, schedule)
+        findings = findings_on(run, probe, schedule, peaks)
     except Exception as error:  # a network may refuse a shape it was not traced for in any way it likes
         if not probe.optional:
             raise
@@ -186,6 +196,16 @@ def _not_finite(graph: Graph, watched: dict[str, Any]) -> str:
         if is_inexact(value) and not bool(value.isfinite().all()):
             return f"the training graph's output '{node.name}' is not finite"
     return ""
+
+
+def _silent(graph: Graph, peaks: dict[str, Tensor]) -> dict[str, int]:
+    """Channels that no probe brought to life, by the module of the training graph that makes them."""
+    silent: dict[str, int] = {}
+    for node in graph.fx.nodes:
+        count = int((peaks[node.name] == 0).sum()) if node.name in peaks else 0
+        if count:
+            silent[node.meta.get("module") or node.name] = count
+    return silent
 
 
 def _first_line(error: BaseException) -> str:

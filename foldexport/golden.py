@@ -1,8 +1,8 @@
 """Golden inputs and outputs: what ``foldexport verify MANIFEST`` re-runs on the machine where an artifact will work.
 
 Inputs are drawn again from a seed by integer arithmetic (see :mod:`foldexport.probes`), so they have the same bits
-everywhere and only a digest of them is stored. Expected outputs are those of the training graph in float64; long outputs are
-thinned to every k-th element, k odd, and the largest one, which is the unit of their error.
+everywhere and only a digest of them is stored. Expected outputs are those of the training graph in float64; long
+outputs are thinned to every k-th element, k odd, and the largest one, which is the unit of their error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ STORED_ELEMENTS = 4096  # of all outputs together, 44 kB in base64
 
 def golden_inputs(shapes: Sequence[Sequence[int]], seed: int) -> tuple[Tensor, ...]:
     """Normal inputs of the given shapes, float32 (every value is exact there), the same on every machine."""
-    drawn = [normal(np.random.Philox(key=[seed, place]).random_raw, math.prod(shape)) for place, shape in enumerate(shapes)]
-    return tuple(torch.from_numpy(values.astype(np.float32)).reshape(*shape) for values, shape in zip(drawn, shapes, strict=True))
+    drawn = [
+        normal(np.random.Philox(key=[seed, place]).random_raw, math.prod(shape)) for place, shape in enumerate(shapes)
+    ]
+    return tuple(
+        torch.from_numpy(values.astype(np.float32)).reshape(*shape) for values, shape in zip(drawn, shapes, strict=True)
+    )
 
 
 def golden(
@@ -43,10 +47,13 @@ def golden(
     """The golden set of a network as a JSON-able dictionary.
 
     reference: the training graph in float64, called with float64 inputs, gives the list of its outputs.
-    shapes:    of the inputs, which are floating; their first axis is replaced by each of ``batches`` (give the one that is fixed, where it is).
+    shapes:    of the inputs, which are floating; their first axis is replaced by each of ``batches``.
+    batches:   the fixed one alone where the batch is fixed.
     n32:       of the training graph, the unit of :func:`check_golden`.
     """
-    runs = [_run(reference, [[batch, *shape[1:]] for shape in shapes], seed + place) for place, batch in enumerate(batches)]
+    runs = [
+        _run(reference, [[batch, *shape[1:]] for shape in shapes], seed + place) for place, batch in enumerate(batches)
+    ]
     count = sum(output.numel() for _, _, outputs in runs for output in outputs)
     step = 1 if count <= STORED_ELEMENTS else math.ceil(count / STORED_ELEMENTS) | 1
     return {
@@ -70,8 +77,8 @@ def golden(
 def check_golden(record: dict[str, Any], runtime: Runtime, *, format: str, label: str) -> Comparison:
     """Compare a loaded artifact with the golden set of its manifest, by the rules of :func:`foldexport.verify.compare`.
 
-    Raises :class:`CheckpointError` when the record is not one of ours, or the inputs drawn here are not those that it was
-    made with.
+    Raises :class:`CheckpointError` when the record is not one of ours, or the inputs drawn here are not those that it
+    was made with.
     """
     runs, step = _field(record, "runs"), _field(record, "step")
     probes = [_inputs(run) for run in runs]
@@ -94,11 +101,15 @@ def check_golden(record: dict[str, Any], runtime: Runtime, *, format: str, label
 def _inputs(run: dict[str, Any]) -> tuple[Tensor, ...]:
     inputs = golden_inputs(_field(run, "inputs"), _field(run, "seed"))
     if _digest(inputs) != _field(run, "inputs_sha256"):
-        raise CheckpointError("the manifest's golden inputs cannot be drawn again here: numpy's Philox gives other values.")
+        raise CheckpointError(
+            "the manifest's golden inputs cannot be drawn again here: numpy's Philox gives other values."
+        )
     return inputs
 
 
-def _run(reference: Callable[..., Sequence[Tensor]], shapes: list[list[int]], seed: int) -> tuple[tuple[Tensor, ...], str, list[Tensor]]:
+def _run(
+    reference: Callable[..., Sequence[Tensor]], shapes: list[list[int]], seed: int
+) -> tuple[tuple[Tensor, ...], str, list[Tensor]]:
     inputs = golden_inputs(shapes, seed)
     with torch.no_grad():
         outputs = list(reference(*(value.double() for value in inputs)))
@@ -134,5 +145,7 @@ def _thin(values: np.ndarray, step: int, peak_at: int) -> np.ndarray:
 
 def _field(record: dict[str, Any], name: str) -> Any:
     if not isinstance(record, dict) or name not in record:
-        raise CheckpointError(f"the manifest's golden set has no {name!r}: it was not written by foldexport, or was cut.")
+        raise CheckpointError(
+            f"the manifest's golden set has no {name!r}: it was not written by foldexport, or was cut."
+        )
     return record[name]

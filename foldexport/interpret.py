@@ -23,6 +23,8 @@ from foldexport.views import bound, packet_name
 aten = torch.ops.aten
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
+# What torch says where an operator does not take a dtype or device.
+_NO_KERNEL = ("not implemented for", "not supported", "Could not run")
 _UNINITIALISED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 
 
@@ -102,7 +104,7 @@ def evaluate(
         with _exact(dtype, torch.device(device).type):
             return target(*args, **kwargs)
     except (RuntimeError, NotImplementedError) as error:
-        if "not implemented for" not in str(error) and "Could not run" not in str(error):
+        if not any(text in str(error) for text in _NO_KERNEL):
             raise
         kind = str(dtype or "its own dtype").removeprefix("torch.")
         raise UsageError(
@@ -129,7 +131,7 @@ def _placed(graph: Graph, inputs: Any, dtype: torch.dtype | None, device: str | 
     if len(given) != len(graph.input_names):
         names = ", ".join(graph.input_names)
         raise UsageError(f"the network takes {len(graph.input_names)} inputs ({names}), not {len(given)}")
-    return iter([cast(tensor, dtype, device) for tensor in given])
+    return (cast(tensor, dtype, device) for tensor in given)
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -60,13 +60,16 @@ class Finding:
         return f"{what} ({self.value}{where}): {detail}, on probe '{self.probe}'"
 
 
-def findings_on(run: Lockstep, probe: Probe, schedule: Schedule) -> list[Finding]:
-    """The worst channel of every record on one probe, in the order of evaluation."""
+def findings_on(run: Lockstep, probe: Probe, schedule: Schedule, peaks: dict[str, Tensor]) -> list[Finding]:
+    """The worst channel of every record on one probe, in the order of evaluation.
+
+    peaks: training value -> ``[C]``, largest magnitude of each channel so far; updated.
+    """
     training = {node.name: node for node in schedule.graph.fx.nodes}
-    findings, scratch = [], Scratch()
+    findings, scratch = [], Scratch(peaks)
     for visit in run:
         label = schedule.program.labels.get(visit.node.name) or visit.node.name
-        if visit.refusal and all(value is not None for value in visit.references.values()):
+        if visit.refusal:
             where = visit.records[-1].value if visit.records else visit.node.name
             note = f"it cannot run on the training graph's values ({visit.refusal})"
             findings.append(Finding(where, "", visit.node.name, label, None, math.inf, 0.0, probe.name, note))
@@ -156,13 +159,17 @@ def channel_peaks(values: Tensor, axis: int | None) -> Tensor:
 class Scratch:
     """One buffer for all differences: fresh memory costs more than the arithmetic."""
 
-    def __init__(self) -> None:
+    def __init__(self, peaks: dict[str, Tensor]) -> None:
+        self._peaks = peaks
         self._buffer = torch.empty(0, dtype=torch.float64)
 
     def errors_and_peaks(self, record: Record, computed: Tensor, value: Tensor, axis: int | None) -> tuple:
         """``max_c |scale·s + shift − v|`` and ``max_c |v|``; equal infinities and NaNs differ by nothing."""
         error = self._difference(record, computed, value)
         errors, peaks = channel_peaks(error, axis), channel_peaks(value, axis)
+        known = self._peaks.get(record.value)
+        if known is None or known.shape == peaks.shape:
+            self._peaks[record.value] = peaks if known is None else torch.maximum(known, peaks)
         if bool(errors.isfinite().all()) and bool(peaks.isfinite().all()):
             return errors, peaks
         recovered = record.scale * computed + record.shift

@@ -52,10 +52,10 @@ class Runner(fx.Interpreter):
 class Visit:
     """One operator of the folded network, evaluated on references.
 
-    computed: what it gave; None when it raised, with the reason in `refusal`.
+    computed: what it gave; None when it raised, with the reason in `refusal`, or when an input is not known.
     records, values: its claims ``v = scale ⊙ s + shift``, and the training graph's values of those names.
-    references: its inputs in stored form; offsets: ``|shift / scale|`` of those inputs that were recovered, the size
-        at which their recovery rounded.
+    references: its inputs in stored form; offsets: the size at which an input rounded beyond its own: ``|shift / scale|``
+        where it was recovered, the sum of its terms where an operator without records computed it.
     exact: no input was recovered, so that the operator read the very bits that the training graph has.
     """
 
@@ -141,12 +141,13 @@ class Lockstep:
         self._offsets: dict[fx.Node, Tensor] = {}
         self._exact: set[fx.Node] = set()
         self._runner = Runner(schedule.program.module)
+        placeholders = schedule.program.module.graph.find_nodes(op="placeholder")
+        self._placed = dict(zip(placeholders, inputs, strict=True))
 
     def __iter__(self) -> Iterator[Visit]:
         """Visits in an order that respects the folded graph; raises what the training graph raises."""
         place = {node: index for index, node in enumerate(self.schedule.graph.fx.nodes)}
         expiry: dict[int, list[str]] = defaultdict(list)
-        self._runner.args_iter = iter(self.inputs)
         pending, due = 0, self.schedule.due
         for node, value in steps(self.schedule.graph, self.inputs, torch.float64):
             if node.name in self.watch:
@@ -180,18 +181,25 @@ class Lockstep:
         computed, refusal = self._evaluate(node, inputs)
         offsets = {source: self._offsets[source] for source in sources if source in self._offsets}
         exact = all(source in self._exact for source in sources)
-        yield Visit(node, computed, refusal, records, values, inputs, offsets, exact)
+        visit = Visit(node, computed, refusal, records, values, inputs, offsets, exact)
+        yield visit
         self._references[node] = reference(computed, records, values)
         if records and not is_identity(records[-1]):
             self._offsets[node] = _offset(records[-1])
         elif records or exact:
             self._exact.add(node)
+        if not records and inputs and is_inexact(computed):
+            self._offsets[node] = (self.nudged(visit, 0) - computed).abs_().div_(NUDGE)
         for source in sources:
             if self.schedule.last_reader[source] is node:
                 self._references.pop(source, None)
                 self._offsets.pop(source, None)
 
     def _evaluate(self, node: fx.Node, inputs: dict[fx.Node, Any]) -> tuple[Any, str]:
+        if node.op == "placeholder":
+            return self._placed[node], ""
+        if any(value is None for value in inputs.values()):
+            return None, ""
         try:
             return self._runner.run_on(node, inputs), ""
         except Exception as error:  # an operator may raise anything; that it cannot run here is the finding
@@ -213,21 +221,25 @@ def reference(computed: Any, records: list[Record], values: dict[str, Any]) -> A
     """``s = (v − shift) / scale``, channel by channel from the last record that knows the channel.
 
     A record knows a channel when it is usable there and its scale is not 0. Channels that none knows, and operators
-    without records, keep what the folded operator itself computed.
+    without records, keep what the folded operator itself computed. None when that is missing or of another shape.
     """
     result = computed
     for record in records:
         value = values.get(record.value)
-        if not isinstance(value, Tensor) or (isinstance(computed, Tensor) and value.shape != computed.shape):
+        if not isinstance(value, Tensor):
             continue
+        if isinstance(result, Tensor) and value.shape != result.shape:
+            result = None
         if is_identity(record) or not is_inexact(value):
             result = value
             continue
         known = record.scale != 0 if record.usable is None else (record.scale != 0) & record.usable
         if not bool(known.any()):
             continue
-        stored = (value - record.shift).div_(torch.where(known, record.scale, 1.0))
-        result = stored if bool(known.all()) or result is None else torch.where(known, stored, result)
+        whole = bool(known.all())
+        if whole or result is not None:
+            stored = (value - record.shift).div_(torch.where(known, record.scale, 1.0))
+            result = stored if whole else torch.where(known, stored, result)
     return result
 
 
@@ -241,5 +253,5 @@ def _nudge(value: Any, offset: Tensor | None, generator: torch.Generator) -> Any
     if not is_inexact(value):
         return value
     sign = torch.randint(0, 2, value.shape, generator=generator).mul_(2).sub_(1)
-    size = value if offset is None else value.abs() + offset
-    return value + NUDGE * sign * size
+    size = value.abs() if offset is None else value.abs() + offset
+    return torch.where(value.isfinite(), value + NUDGE * sign * size, value)

@@ -31,7 +31,8 @@ USER_SAMPLES = 4  # samples taken from the user's data
 class Probe:
     """One set of inputs of the network, in the order of the training graph's placeholders.
 
-    name: "normal", "uniform", "constant", "impulse", "second size", "data".
+    name: "normal", "uniform" (in [0, 1)), "constant" (in space, a normal value per channel), "impulse" (in two corners),
+        "second size" (normal), "data" (the user's).
     inputs: floating inputs in float64, the others in the network's own dtype; what is not a tensor is passed as it is.
     optional: the network was not traced for this shape; a network or a fold that does not take it is recorded, not refused.
     """
@@ -155,7 +156,9 @@ def _float_value(kind: str, shape: list[int], words: Callable[[int], np.ndarray]
     if kind == "uniform":
         return torch.from_numpy(uniform(words, count)).reshape(shape)
     if kind == "constant":
-        return torch.full(shape, 0.75, dtype=torch.float64)
+        space = len(shape) - min(2, len(shape))
+        drawn = torch.from_numpy(normal(words, math.prod(shape[: len(shape) - space])))
+        return drawn.reshape(shape[: len(shape) - space] + [1] * space).expand(shape).contiguous()
     return _impulse(shape)
 
 

@@ -1,13 +1,13 @@
 """Each artifact, run by its own runtime, against the training graph in float64.
 
-Errors are measured in the training graph's own float32 noise n32: the RMS over elements of (float32 − float64)/peak. For an
-output y of N elements with reference r, peak = max|r| over the probe and e = (y − r)/peak,
+Errors are measured in the training graph's own float32 noise n32: the RMS over elements of (float32 − float64)/peak.
+For an output y of N elements with reference r, peak = max|r| over the probe and e = (y − r)/peak,
 
     multiple = max( RMS(e) / n32,  max|e| / (n32 · q(N)) ),      q(N) = max(1, √(2 ln N))
 
-q(N) is what the largest of N normal errors is expected to reach (Cramér 1946, §28.6), so an artifact that rounds like the
-training graph has a multiple near 1 whatever its size, while one wrong element, or one wrong channel, still counts in full
-through the maximum. (The maximum alone over n32 reads 7 to 9 on a faultless 32×32×32 output.)
+q(N) is what the largest of N normal errors is expected to reach (Cramér 1946, §28.6), so an artifact that rounds like
+the training graph has a multiple near 1 whatever its size, while one wrong element, or one wrong channel, still counts
+in full through the maximum. (The maximum alone over n32 reads 7 to 9 on a faultless 32×32×32 output.)
 """
 
 from __future__ import annotations
@@ -32,12 +32,26 @@ DISCRETE_DIFFERENCES = 1e-4  # share of an integer output (a map of classes) tha
 Runtime = Callable[..., list[np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """What the user allows instead of ``FAIL_ABOVE`` times the noise: ``max|y − r| ≤ absolute + relative · peak``."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.absolute:g}"] if self.absolute else []
+        parts += [f"{self.relative:g} of peak"] if self.relative or not self.absolute else []
+        return " + ".join(parts)
+
+
 @dataclass
 class Top1:
     """Agreement of the largest class score, for outputs ``[N, K]``.
 
-    counted: samples whose margin (first minus second score of the reference) is beyond what rounding may close;
-    agree: those of them with the same class; near_ties: the samples that are not counted, with probe, sample, classes, margin.
+    counted: samples whose margin (first minus second score of the reference) is beyond what rounding may close.
+    agree: those of them with the same class.
+    near_ties: the samples that are not counted, with probe, sample, classes, margin.
     """
 
     agree: int = 0
@@ -53,10 +67,13 @@ class Top1:
 class Comparison:
     """What one artifact was found to compute.
 
-    max_error: largest |y − r|/peak over all probes and outputs.      noise_multiple: see the module; both inf where not finite.
-    worst: "output 'output', channel 3" of the largest multiple.      probes: runs; batches: their batch sizes.
+    max_error: largest |y − r|/peak over all probes and outputs, inf where an output is not finite.
+    noise_multiple: the largest multiple, see the module.
+    worst: where that is, "output 'output', channel 3".
+    probes: runs; batches: their batch sizes.
     weights_identical: (n, total) bit-identical weights, None where they were not compared.
-    ok: False fails the artifact.                                     message: the failure or the warning, empty where neither.
+    ok: False fails the artifact.
+    message: the failure or the warning, empty where there is neither.
     """
 
     format: str
@@ -107,6 +124,7 @@ def compare(
     output_names: Sequence[str] | None = None,
     weights: WeightMatch | None = None,
     dtype: torch.dtype = torch.float32,
+    tolerance: Tolerance | None = None,
 ) -> Comparison:
     """Run the artifact on every probe and compare with the training graph.
 
@@ -114,8 +132,9 @@ def compare(
     probes: per probe, the inputs; floating ones are handed over in ``dtype``, what is not a tensor is left out.
     n32: the training graph's own noise, one number or one per output.      label: "onnxruntime 1.31.1".
     weights: of :func:`~foldexport.exporters.weights.match_weights`; a missing weight fails whatever the outputs say.
+    tolerance: judges the error in place of the noise; weights and classes are judged as ever.
 
-    Never raises for a wrong artifact: a runtime that fails on a probe, a wrong shape, NaN and a missing weight are findings.
+    Never raises for a wrong artifact: a runtime that fails on a probe, a wrong shape, NaN, a missing weight are found.
     """
     found = Comparison(format, label)
     if weights is not None:
@@ -131,15 +150,21 @@ def compare(
             name = output_names[index] if output_names else _default_name(index, len(outputs))
             noise = max(NOISE_FLOOR, n32 if isinstance(n32, (int, float)) else n32[index])
             _compare_output(found, np.asarray(output), reference.numpy(force=True), noise, name, place)
-    _judge_error(found)
+            _judge_tolerance(found, np.asarray(output), reference.numpy(force=True), tolerance, name)
+    _judge_error(found, tolerance is None)
     return found
 
 
 def require(comparison: Comparison) -> Comparison:
-    """The comparison if it passed. Raises :class:`EquivalenceError` (exit 4) with what was found and what was allowed."""
+    """The comparison if it passed.
+
+    Raises :class:`EquivalenceError` (exit 4) with what was found, where, and what was allowed.
+    """
     if comparison.ok:
         return comparison
-    raise EquivalenceError(f"{comparison.format}, run by {comparison.runtime}: {comparison.message}; no file was written.")
+    raise EquivalenceError(
+        f"{comparison.format}, run by {comparison.runtime}: {comparison.message}; no file was written."
+    )
 
 
 def output_error(output: np.ndarray, reference: np.ndarray, n32: float) -> tuple[float, float, tuple[int, ...]]:
@@ -172,19 +197,26 @@ def _run(found: Comparison, runtime: Runtime, inputs: Sequence[Any], dtype: torc
         return None
 
 
-def _shapes_agree(found: Comparison, outputs: Sequence[Any], wanted: Sequence[Tensor], names: Sequence[str] | None) -> bool:
+def _shapes_agree(
+    found: Comparison, outputs: Sequence[Any], wanted: Sequence[Tensor], names: Sequence[str] | None
+) -> bool:
     if len(outputs) != len(wanted):
         _fail(found, f"it has {len(outputs)} outputs, the training graph {len(wanted)}")
         return False
     for index, (output, reference) in enumerate(zip(outputs, wanted, strict=True)):
         if tuple(np.shape(output)) != tuple(reference.shape):
             name = names[index] if names else _default_name(index, len(outputs))
-            _fail(found, f"output {name!r} has shape {list(np.shape(output))}, the training graph's {list(reference.shape)}")
+            _fail(
+                found,
+                f"output {name!r} has shape {list(np.shape(output))}, the training graph's {list(reference.shape)}",
+            )
             return False
     return True
 
 
-def _compare_output(found: Comparison, output: np.ndarray, reference: np.ndarray, n32: float, name: str, probe: int) -> None:
+def _compare_output(
+    found: Comparison, output: np.ndarray, reference: np.ndarray, n32: float, name: str, probe: int
+) -> None:
     if reference.dtype.kind not in "fc":
         differing = int(np.sum(output != reference))
         if differing > DISCRETE_DIFFERENCES * reference.size:
@@ -219,12 +251,23 @@ def _judge_weights(found: Comparison, weights: WeightMatch) -> None:
     if weights.ok:
         return
     names = ", ".join(weights.missing[:3]) + (", …" if len(weights.missing) > 3 else "")
-    _fail(found, f"{weights.total - weights.identical} of {weights.total} weights differ from the module's in their bits: {names}")
+    count = f"{weights.total - weights.identical} of {weights.total}"
+    _fail(found, f"{count} weights differ from the module's in their bits: {names}")
 
 
-def _judge_error(found: Comparison) -> None:
+def _judge_tolerance(
+    found: Comparison, output: np.ndarray, reference: np.ndarray, allowed: Tolerance | None, name: str
+) -> None:
+    if allowed is None or not found.ok or reference.size == 0 or reference.dtype.kind not in "fc":
+        return
+    error, peak = float(np.abs(output - reference).max()), float(np.abs(reference).max())
+    if not error <= allowed.absolute + allowed.relative * peak:
+        _fail(found, f"output {name!r} differs by {error:.1e} at a peak of {peak:.3g} (allowed: {allowed})")
+
+
+def _judge_error(found: Comparison, by_noise: bool = True) -> None:
     size = f"error {found.max_error:.1e} of peak, {found.noise_multiple:.1f} times the training graph's float32 noise"
-    if not found.noise_multiple <= FAIL_ABOVE:
+    if by_noise and not found.noise_multiple <= FAIL_ABOVE:
         _fail(found, f"{size} ({FAIL_ABOVE:g} allowed), at {found.worst}")
     elif found.top1 is not None and not found.top1.ok:
         _fail(found, f"{found.top1.counted - found.top1.agree} of {found.top1.counted} clear top-1 classes differ")

@@ -109,7 +109,7 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Each image of ``[N, C, H, W]`` shifted by up to ``pad`` pixels (reflected border) and mirrored half of the time."""
+    """Each image of ``[N, C, H, W]`` shifted by up to ``pad`` pixels (reflected border) and mirrored at random."""
     count, channels, height, width = images.shape
     shift = torch.randint(-pad, pad + 1, (2, count, 1), generator=generator)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
@@ -14,10 +15,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from foldexport import checkpoint
 from foldexport.errors import CheckpointError
-from tests.checkpoint_files import Network, layouts, refused, rewrite_zip, same, save, state, write
+from tests.checkpoint_files import LAYOUTS, Network, layouts, refused, rewrite_zip, same, save, state, write
 
 
 def test_missing_file_suggests_the_nearest(tmp_path):
@@ -58,8 +60,6 @@ def test_truncated_anywhere(tmp_path, layout):
 
 
 def test_truncated_safetensors(tmp_path):
-    from safetensors.torch import save_file
-
     save_file(state(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     for cut in (40, len(whole) // 2, len(whole) - 1):
@@ -71,6 +71,34 @@ def test_flipped_bit_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(torch.arange(64.0).numpy().tobytes()) + 5] ^= 1
     refused(write(path, bytes(data)), "damaged", "CRC-32")
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "torch legacy", "safetensors", "torchscript", "pt2"])
+def test_random_damage_is_refused_or_read(tmp_path, kind):
+    """No damage escapes as an error of zipfile's, pickle's, safetensors' or torch's own."""
+    whole = written(kind, tmp_path)
+    random, path = np.random.default_rng(0), tmp_path / "damaged"
+    for _ in range(60):
+        data = bytearray(whole)
+        for index in random.integers(0, len(data), random.choice([1, 3, 20])):
+            data[index] = random.integers(256)
+        try:
+            checkpoint.read(write(path, bytes(data)))
+        except CheckpointError as error:
+            assert len(str(error).splitlines()) <= 2
+
+
+def written(kind: str, folder: pathlib.Path) -> bytes:
+    path = folder / "net.pt2"
+    if kind in LAYOUTS:
+        save({"model": state(), "args": argparse.Namespace(lr=0.1)}, path, kind)
+    elif kind == "safetensors":
+        save_file(state(), path)
+    elif kind == "torchscript":
+        torch.jit.script(Network()).save(str(path))
+    else:
+        torch.export.save(torch.export.export(Network().eval(), (torch.randn(2, 3, 8, 8),)), path)
+    return path.read_bytes()
 
 
 def test_zip_without_checksums_is_read(tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_torchscript_that_acts_on_loading(tmp_path):
     assert marker.exists()
 
 
+def test_torchscript_code_under_names_of_another_case(tmp_path):
+    """PyTorch's zip reader finds code/x.py under CODE/X.PY, so a search by name alone would miss it."""
+    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
+    torch.jit.script(Acting(str(marker))).save(str(path))
+    marker.unlink(missing_ok=True)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name.replace("/code/", "/CODE/"), data)
+    refused(path, "wants to run `__setstate__`")
+    assert not marker.exists()
+    checkpoint.read(path, trust_pickle=True)
+    assert marker.exists()
+
+
 def test_pt2_with_code_in_it(tmp_path):
     """torch.export.load evaluates shape expressions; the weights are read without it."""
     marker, path = tmp_path / "marker", tmp_path / "net.pt2"
@@ -110,6 +127,8 @@ def test_pt2_with_code_in_it(tmp_path):
     rewrite_zip(path, {"net/models/model.json": plant})
     same(checkpoint.read(path).tensors, dict(network.state_dict()))
     assert not marker.exists()
+    refused(path, "does not load", trust_pickle=True)
+    assert marker.exists()
 
 
 def test_pt2_weights_that_are_pickled(tmp_path):

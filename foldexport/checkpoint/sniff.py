@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import html
 import json
+import lzma
 import re
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -18,6 +20,12 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".safetensors", "
 
 # The pickled long 0x1950a86a20f9469cfc6c that opens torch.save's files before the zip format (torch/serialization.py).
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
+
+# What zipfile raises on damaged bytes (bad names, offsets, lengths, unknown or encrypted compression).
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, RuntimeError,
+    IndexError,
+)  # fmt: skip
 
 # Pickles of protocol 0 are text: a global, or an empty dict or list with its memo.
 PROTOCOL_0 = re.compile(rb"c[\w.]+\n[\w.]+\n|\([dl]p?\d*\n")
@@ -81,7 +89,7 @@ def _head(path: Path) -> bytes:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; name the checkpoint file in it{_checkpoints_in(path)}.")
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file{_nearest(path)}.")
+        raise CheckpointError(f"{path}: no such file{_nearest(path)}")
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a regular file; name a checkpoint file.")
     try:
@@ -102,10 +110,10 @@ def _checkpoints_in(folder: Path) -> str:
 def _nearest(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
-        return f"; the folder {folder} does not exist"
+        return f"; the folder {folder} does not exist."
     names = [entry.name for entry in folder.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {folder / close[0]}?" if close else ""
+    return f"; did you mean {folder / close[0]}?" if close else "."
 
 
 def _size(path: Path) -> str:
@@ -124,9 +132,10 @@ def _zip_kind(path: Path) -> str:
             found = _zip_content(names)
             if found:
                 _check_records(archive)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
+        why = "its directory, at the end, is missing" if "not a zip file" in str(error) else str(error).rstrip(".")
         raise CheckpointError(
-            f"{path}: truncated or damaged: a zip file of {_size(path)} that cannot be read to its end ({error}).\n"
+            f"{path}: truncated or damaged: a zip file of {_size(path)} that cannot be read ({why}).\n"
             "Download or copy it again."
         ) from error
     if found:

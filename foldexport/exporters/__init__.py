@@ -20,8 +20,10 @@ from foldexport.errors import MissingDependencyError, UsageError
 class Format:
     """One row of the table.
 
-    name, aliases: what ``--to`` accepts.           target: ``"module:Class"`` of the exporter, imported on first use.
-    suffix: appended to the artifact's base name.    extra: of ``pip install 'foldexport[extra]'``; empty for core formats.
+    name, aliases: what ``--to`` accepts.
+    target: ``"module:Class"`` of the exporter, imported on first use.
+    suffix: appended to the artifact's base name.
+    extra: of ``pip install 'foldexport[extra]'``; empty for core formats.
     packages: import names that writing and running the format need.
     runtime: distribution whose version the comparison reports.
     """
@@ -100,7 +102,10 @@ def get(name: str) -> Format:
 
 
 def resolve(names: str) -> list[Format]:
-    """The formats of a comma-separated list, in order, each once. Raises :class:`UsageError` for an unknown or empty one."""
+    """The formats of a comma-separated list, in order, each once.
+
+    Raises :class:`UsageError` for an unknown format and for an empty list.
+    """
     rows = [get(name) for name in names.split(",") if name.strip()]
     if not rows:
         raise UsageError(f"no format in {names!r}: give one or more of {', '.join(FORMATS)}, separated by commas.")
@@ -119,7 +124,9 @@ def exporter(row: Format) -> Any:
     try:
         return getattr(importlib.import_module(module), name)()
     except ImportError as error:
-        raise MissingDependencyError(f"{row.name}: a package is installed but does not import ({error}): {row.install}") from error
+        raise MissingDependencyError(
+            f"{row.name}: a package is installed but does not import ({error}): {row.install}"
+        ) from error
 
 
 def status() -> list[Status]:

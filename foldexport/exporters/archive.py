@@ -1,8 +1,9 @@
 """TorchScript archives rewritten to depend on their content alone.
 
-An archive is a zip of records below one folder: ``data.pkl`` (the object, pickled), ``code/**.py`` (one file per namespace of
-classes), ``data/*`` and ``constants/*`` (raw tensors), ``version``, ``byteorder``; see ``torch/csrc/jit/docs/serialization.md``.
-Class names are ``__torch__.<Python path>[.___torch_mangle_<n>].<Name>``, ``n`` counting the classes of the process.
+An archive is a zip of records below one folder: ``data.pkl`` (the object, pickled), ``code/**.py`` (one file per
+namespace of classes), ``data/*`` and ``constants/*`` (raw tensors), ``version``, ``byteorder``; see PyTorch's
+``torch/csrc/jit/docs/serialization.md``. Class names are ``__torch__.<Python path>[.___torch_mangle_<n>].<Name>``, ``n``
+counting the classes of the process.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _definitions(short: str, text: str) -> list[tuple[str, str]]:
 def _canonical_names(pickled: str, definitions: dict[str, str]) -> dict[str, str]:
     """Every class that the object reaches, to its name by order of first reference: in the pickle, then in the code.
 
-    ``data.pkl`` names classes by GLOBAL opcodes, ``c<namespace>\\n<name>\\n``: text without a length, free to be replaced.
+    ``data.pkl`` names classes by GLOBAL opcodes, ``c<namespace>\\n<name>\\n``: text without a length.
     """
     names: dict[str, str] = {}
     waiting = [namespace + "." + name for namespace, name in re.findall(r"c(__torch__[\w.]*)\n(\w+)\n", pickled)]

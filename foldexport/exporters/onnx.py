@@ -1,7 +1,7 @@
 """ONNX: ``torch.onnx`` writes the graph; names, metadata, opset and bytes are made stable here.
 
-The file is one protobuf up to its 2 GB limit; above it the weights lie beside it in ``NAME.onnx.data`` (ONNX external data).
-Facts about the writer and the runtime: onnx.ai/onnx/repo-docs (IR, ExternalData, VersionConverter), onnxruntime.ai/docs.
+The file is one protobuf up to its 2 GB limit; above it the weights lie beside it in ``NAME.onnx.data``. The format is
+described in ONNX's own IR, ExternalData and VersionConverter documents.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class OnnxExporter:
         """Write ``module`` to ``path``; equal modules give equal bytes, whatever the process or the folder.
 
         example: the inputs of ``forward``, in order.
-        accept:  judges the file simplified by onnxsim, which is kept only if it has fewer nodes and is accepted; default:
-                 same weights as the module and same outputs as the plain file on the example.
+        accept:  judges the file simplified by onnxsim, which is kept only if it has fewer nodes and is accepted;
+                 default: same weights as the module and same outputs as the plain file on the example.
 
-        Returns notes for the manifest. Raises :class:`UsageError` when the network cannot be written as asked (opset, free
-        axes, operators), :class:`PrecisionError` for another precision than fp32.
+        Returns notes for the manifest. Raises :class:`UsageError` when the network cannot be written as asked (opset,
+        free axes, operators), :class:`PrecisionError` for another precision than fp32.
         """
         options = options or ExportOptions()
         options.require_precision(self.name)
@@ -63,7 +63,10 @@ class OnnxExporter:
         example = sizes.traceable(example, options)
         model = _graph(module, example, options)
         _rename(model, options)
-        notes: dict[str, Any] = {"inputs": [v.name for v in model.graph.inputs], "outputs": [v.name for v in model.graph.outputs]}
+        notes: dict[str, Any] = {
+            "inputs": [v.name for v in model.graph.inputs],
+            "outputs": [v.name for v in model.graph.outputs],
+        }
         if _weight_bytes(model) > EXTERNAL_DATA_ABOVE_BYTES:
             proto = _write_external(model, path, options)
             notes["onnxsim"] = "not run: the weights lie in a file of their own"
@@ -72,12 +75,17 @@ class OnnxExporter:
             judge = accept or (lambda simplified: _same_as_plain(simplified, proto, module, example))
             proto, notes["onnxsim"] = _simplify(proto, path, judge)
         _require_free(proto, example, options)
-        return notes | {"opset": onnx_model.opset(proto), "ir_version": proto.ir_version, "nodes": len(proto.graph.node)}
+        return notes | {
+            "opset": onnx_model.opset(proto),
+            "ir_version": proto.ir_version,
+            "nodes": len(proto.graph.node),
+        }
 
     def load(self, path: str | Path, *, optimise: bool = True, threads: int = 0) -> Callable[..., list[np.ndarray]]:
         """A callable that runs the file in onnxruntime on the CPU, ``*arrays -> [arrays]``.
 
-        optimise: onnxruntime's own graph optimisations, as its users get them; threads: within one operator, 0 for its default.
+        optimise: onnxruntime's own graph optimisations, as its users get them.
+        threads:  within one operator, 0 for onnxruntime's default.
         Raises :class:`EquivalenceError` when onnxruntime refuses the file.
         """
         return _session_call(_session(str(path), optimise, threads))
@@ -102,7 +110,7 @@ class OnnxExporter:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Progress lines, tracebacks and deprecation warnings of the libraries kept off the user's screen; errors still raise."""
+    """Keep the libraries' progress lines and deprecation warnings off the user's screen; errors still raise."""
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     try:
@@ -123,10 +131,21 @@ def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                module, example, dynamo=True, opset_version=opset, dynamic_shapes=axes if any(axes) else None, verbose=False
+                module,
+                example,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=axes if any(axes) else None,
+                verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise UsageError(f"onnx: torch.onnx cannot write this network: {_root_cause(error)}") from error
+        cause = _root_cause(error)
+        if "user-specified ranges" in cause or "Constraints violated" in cause:
+            axes = " or ".join(options.dynamic)
+            raise UsageError(
+                f"onnx: the network fixes its {axes} at the example's size: leave it out of --dynamic."
+            ) from error
+        raise UsageError(f"onnx: torch.onnx cannot write this network: {cause}") from error
     return program.model
 
 
@@ -139,7 +158,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _rename(model: onnx_ir.Model, options: ExportOptions) -> None:
-    """Give inputs and outputs the asked names; an inner value that has one of them already gets a trailing underscore."""
+    """Give inputs and outputs the asked names; an inner value that has one of them gets a trailing underscore."""
     inputs, outputs = list(model.graph.inputs), list(model.graph.outputs)
     names = options.names("input", len(inputs)) + options.names("output", len(outputs))
     taken = set(names)
@@ -173,15 +192,22 @@ def _write_single(model: onnx_ir.Model, path: Path, options: ExportOptions) -> o
 def _write_external(model: onnx_ir.Model, path: Path, options: ExportOptions) -> onnx.ModelProto:
     """The graph in ``path``, the weights in one file beside it; returns the graph without weights."""
     if options.opset is not None and options.opset < OLDEST_WRITTEN:
-        raise UsageError(f"onnx: weights above 2 GB are written at opset {OLDEST_WRITTEN} or later, not {options.opset}.")
-    onnx_ir.save(model, path, format="protobuf", external_data=f"{path.name}.data", size_threshold_bytes=SMALL_TENSOR_BYTES)
+        raise UsageError(
+            f"onnx: weights above 2 GB are written at opset {OLDEST_WRITTEN} or later, not {options.opset}."
+        )
+    onnx_ir.save(
+        model, path, format="protobuf", external_data=f"{path.name}.data", size_threshold_bytes=SMALL_TENSOR_BYTES
+    )
     proto = onnx.load(str(path), load_external_data=False)
     onnx_model.write(proto, path)
     return proto
 
 
 def _simplify(proto: onnx.ModelProto, path: Path, judge: Callable[[Path], bool]) -> tuple[onnx.ModelProto, str]:
-    """Replace the file by what onnxsim makes of it where that has fewer nodes and is accepted: the model, what was done."""
+    """Replace the file by what onnxsim makes of it where that has fewer nodes and is accepted.
+
+    Returns the model that is in the file and what was done.
+    """
     simpler = onnx_model.simplified(proto)
     removed = len(proto.graph.node) - len(simpler.graph.node) if simpler is not None else 0
     if removed <= 0:
@@ -201,7 +227,9 @@ def _same_as_plain(simplified: Path, proto: onnx.ModelProto, module: nn.Module, 
     arrays = [value.numpy(force=True) for value in example if isinstance(value, Tensor)]
     wanted = _session_call(_session(proto.SerializeToString(), True, 0))(*arrays)
     found = OnnxExporter().load(simplified)(*arrays)
-    close = all(np.abs(a - b).max(initial=0) <= 1e-5 * np.abs(b).max(initial=0) for a, b in zip(found, wanted, strict=True))
+    close = all(
+        np.abs(a - b).max(initial=0) <= 1e-5 * np.abs(b).max(initial=0) for a, b in zip(found, wanted, strict=True)
+    )
     return close and match_weights(expected_weights(module), OnnxExporter().weights(simplified)).ok
 
 
@@ -212,7 +240,8 @@ def _require_free(proto: onnx.ModelProto, example: tuple, options: ExportOptions
         dims = value.type.tensor_type.shape.dim
         for axis, name in options.dynamic_axes(tensor.shape).items():
             if not dims[axis].dim_param:
-                raise UsageError(f"onnx: the network fixes the {name} of {value.name!r} at {dims[axis].dim_value}: leave it out of --dynamic.")
+                fixed = f"the {name} of {value.name!r} at {dims[axis].dim_value}"
+                raise UsageError(f"onnx: the network fixes {fixed}: leave it out of --dynamic.")
 
 
 def _session(source: str | bytes, optimise: bool, threads: int) -> Any:

@@ -10,9 +10,12 @@ from google.protobuf.message import Message
 
 from foldexport.errors import UsageError
 
-LOCAL_FIELDS = ("metadata_props", "doc_string")  # where torch.onnx stores stack traces with paths of the exporting machine
+LOCAL_FIELDS = (
+    "metadata_props",
+    "doc_string",
+)  # where torch.onnx stores stack traces with paths of the exporting machine
 OLDEST_OPSET = 13  # onnx's converter has no adapter for Gemm to earlier ones
-UNCHANGED_SINCE = {"Reshape": 5, "Pad": 11, "Resize": 11}  # later versions added attributes and types only; see lower()
+HIDDEN = "foldexport.unchanged"  # domain of the nodes that the version converter is not to look at
 
 
 def strip(message: Message) -> None:
@@ -50,15 +53,15 @@ def require_known_opset(asked: int | None) -> None:
     try:
         onnxruntime.InferenceSession(tiny.SerializeToString(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no other base class
-        message = f"opset {asked}: onnxruntime {onnxruntime.__version__} does not run it, so it cannot be verified; ask for an older one."
-        raise UsageError(message) from error
+        version = onnxruntime.__version__
+        raise UsageError(f"opset {asked}: onnxruntime {version} does not run it yet; ask for an older one.") from error
 
 
 def lower(proto: onnx.ModelProto, asked: int | None) -> onnx.ModelProto:
     """The model at the asked opset; unchanged when none was asked or it is there already.
 
-    onnx's version converter lacks adapters for operators whose newer versions only added attributes or types
-    (``UNCHANGED_SINCE``), so these are hidden from it in a domain of their own while it works.
+    onnx's version converter lacks adapters for operators whose newer versions only added types or attributes (Relu 14,
+    Reshape 14, Pad 18), so nodes that are valid as they stand are hidden from it, in a domain of their own.
 
     Raises :class:`UsageError` when an operator has no form at that opset.
     """
@@ -66,32 +69,48 @@ def lower(proto: onnx.ModelProto, asked: int | None) -> onnx.ModelProto:
         return proto
     hidden = onnx.ModelProto()
     hidden.CopyFrom(proto)
+    literal = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in hidden.graph.node:
-        if UNCHANGED_SINCE.get(node.op_type, asked + 1) <= asked and len([name for name in node.input if name]) <= 3:
-            node.domain = "foldexport.unchanged"
-    hidden.opset_import.add(domain="foldexport.unchanged", version=1)
+        _hide(node, asked, literal)
+    hidden.opset_import.add(domain=HIDDEN, version=1)
     try:
         lowered = onnx.version_converter.convert_version(hidden, asked)
         _unhide(lowered, asked)
         onnx.checker.check_model(lowered, full_check=True)
     except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).split("failed: ")[-1].strip().splitlines()[0]
-        raise UsageError(f"onnx: this network cannot be written at opset {asked} ({reason}): ask for a newer one.") from error
+        raise UsageError(
+            f"onnx: this network cannot be written at opset {asked} ({reason}): ask for a newer one."
+        ) from error
     return lowered
 
 
+def _hide(node: onnx.NodeProto, asked: int, literal: dict[str, onnx.TensorProto]) -> None:
+    """Hide a node that the asked opset takes as it is, without the attributes that it neither knows nor needs."""
+    if node.domain or not onnx.defs.has(node.op_type) or node.op_type == "RoiAlign":  # its defaults changed at 16
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, asked)
+    except onnx.defs.SchemaError:
+        return
+    surplus = [each for each in node.attribute if each.name not in schema.attributes]
+    idle = all(_is_default(node.op_type, each) or _is_idle_allowzero(node, each, literal) for each in surplus)
+    if not idle or len(node.input) > schema.max_input or len(node.output) > schema.max_output:
+        return
+    for attribute in surplus:
+        node.attribute.remove(attribute)
+    node.domain = HIDDEN
+
+
 def _unhide(proto: onnx.ModelProto, asked: int) -> None:
-    """Put hidden nodes back, without the attributes that the older operator neither knows nor needs."""
-    literal = {tensor.name: tensor for tensor in proto.graph.initializer}
+    """Put hidden nodes back; drop what the converter left of attributes at their default that the asked opset lacks."""
     for node in proto.graph.node:
-        node.domain = "" if node.domain == "foldexport.unchanged" else node.domain
-        if node.domain:
-            continue
-        known = onnx.defs.get_schema(node.op_type, asked).attributes
-        for attribute in [each for each in node.attribute if each.name not in known]:
-            if _is_default(node.op_type, attribute) or _is_idle_allowzero(node, attribute, literal):
+        node.domain = "" if node.domain == HIDDEN else node.domain
+        known = onnx.defs.get_schema(node.op_type, asked).attributes if not node.domain else {}
+        for attribute in [each for each in node.attribute if not node.domain and each.name not in known]:
+            if _is_default(node.op_type, attribute):
                 node.attribute.remove(attribute)
-    kept = [entry for entry in proto.opset_import if entry.domain != "foldexport.unchanged"]
+    kept = [entry for entry in proto.opset_import if entry.domain != HIDDEN]
     del proto.opset_import[:]
     proto.opset_import.extend(kept)
 
@@ -103,7 +122,9 @@ def _is_default(operator: str, attribute: onnx.AttributeProto) -> bool:
     return onnx.helper.get_attribute_value(attribute) == onnx.helper.get_attribute_value(described.default_value)
 
 
-def _is_idle_allowzero(node: onnx.NodeProto, attribute: onnx.AttributeProto, literal: dict[str, onnx.TensorProto]) -> bool:
+def _is_idle_allowzero(
+    node: onnx.NodeProto, attribute: onnx.AttributeProto, literal: dict[str, onnx.TensorProto]
+) -> bool:
     """Reshape's ``allowzero`` says what a 0 in the shape means, and nothing where the shape has none."""
     shape = literal.get(node.input[1]) if node.op_type == "Reshape" else None
     return attribute.name == "allowzero" and shape is not None and bool((onnx.numpy_helper.to_array(shape) != 0).all())
@@ -125,7 +146,8 @@ def simplified(proto: onnx.ModelProto) -> onnx.ModelProto | None:
 def write(proto: onnx.ModelProto, path: Path) -> None:
     """Strip, serialise deterministically, and check the file with full, strict shape inference.
 
-    Raises ``onnx.checker.ValidationError`` or ``InferenceError`` when the file is not valid ONNX, a bug of ours or of the writer.
+    Raises ``onnx.checker.ValidationError`` or ``InferenceError`` when the file is not valid ONNX: a bug, ours or the
+    writer's.
     """
     strip(proto)
     path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -39,12 +39,17 @@ class ExportOptions:
             raise UsageError(f"{sorted(shared)[0]!r} names both an input and an output: give each its own name.")
 
     def names(self, kind: str, count: int) -> list[str]:
-        """The ``count`` names of ``kind`` "input" or "output". Raises :class:`UsageError` when the user gave another number."""
+        """The ``count`` names of ``kind`` "input" or "output".
+
+        Raises :class:`UsageError` when the user gave another number of names.
+        """
         given = self.input_names if kind == "input" else self.output_names
         if given is None:
             return [kind] if count == 1 else [f"{kind}_{place}" for place in range(count)]
         if len(given) != count:
-            raise UsageError(f"{len(given)} {kind} names given ({', '.join(given)}), but the network has {count} {kind}s.")
+            raise UsageError(
+                f"{len(given)} {kind} names given ({', '.join(given)}), but the network has {count} {kind}s."
+            )
         return list(given)
 
     def require_precision(self, format_name: str, supported: Sequence[str] = ("fp32",)) -> None:

@@ -12,16 +12,19 @@ SECOND_SIZE = {"batch": 1, "height": 32, "width": 64}  # added to an axis; unequ
 
 
 def traceable(example: tuple, options: ExportOptions) -> tuple:
-    """The example with a batch of at least two where the batch is to be free: tracers take a length of one for a constant."""
+    """The example with a batch of at least two where the batch is to be free.
+
+    Tracers take a length of one for a constant.
+    """
     if "batch" not in options.dynamic:
         return example
     return tuple(_doubled(value) if _has_batch(value) and value.shape[0] == 1 else value for value in example)
 
 
 def require_free_axes(module: nn.Module, example: tuple, options: ExportOptions) -> None:
-    """Raise :class:`UsageError` when the network itself refuses another height or width and these were asked to be free.
+    """Raise :class:`UsageError` when the network refuses another height or width that was asked to be free.
 
-    A graph can carry free axes and yet work at one size only (a flatten before a linear layer), so the network is asked.
+    A graph can carry free axes and yet work at one size only (a flatten before a linear layer): the network is asked.
     """
     asked = [axis for axis in ("height", "width") if axis in options.dynamic]
     for axis in asked:

@@ -1,7 +1,7 @@
 """TorchScript: a trace of the module, its archive rewritten so that equal modules give equal bytes.
 
-``torch.jit.save`` stores source positions with paths of the exporting machine (``*.debug_pkl``), the file's own name, and
-class names numbered by how much the process has traced before. The rewritten archive has none of these.
+``torch.jit.save`` stores source positions with paths of the exporting machine (``*.debug_pkl``), the file's own name,
+and class names numbered by how much the process has traced before. The rewritten archive has none of these.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class TorchScriptExporter:
     name = "torchscript"
     suffix = ".torchscript.pt"
 
-    def export(self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None) -> dict[str, Any]:
+    def export(
+        self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None
+    ) -> dict[str, Any]:
         """Write ``module`` to ``path``; equal modules give equal bytes, whatever the process or the folder.
 
-        A trace records sizes as operations, so every axis that the network itself leaves free stays free. TorchScript has
-        positional inputs and outputs; the asked names go into the notes.
+        A trace records sizes as operations, so every axis that the network itself leaves free stays free. TorchScript
+        has positional inputs and outputs; the asked names go into the notes.
 
         Returns notes for the manifest. Raises :class:`UsageError` when the module cannot be traced, and
         :class:`PrecisionError` for another precision than fp32.
@@ -65,14 +67,20 @@ class TorchScriptExporter:
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
             tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
             with torch.inference_mode(), torch.jit.optimized_execution(optimise):
-                return [value.numpy(force=True) for value in pytree.tree_leaves(loaded(*tensors)) if isinstance(value, Tensor)]
+                return [
+                    value.numpy(force=True)
+                    for value in pytree.tree_leaves(loaded(*tensors))
+                    if isinstance(value, Tensor)
+                ]
 
         return run
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every parameter and buffer of the archive, by name."""
         loaded = _load(path)
-        state = dict(loaded.named_parameters(remove_duplicate=False)) | dict(loaded.named_buffers(remove_duplicate=False))
+        state = dict(loaded.named_parameters(remove_duplicate=False)) | dict(
+            loaded.named_buffers(remove_duplicate=False)
+        )
         return {name: value.numpy(force=True) for name, value in state.items()}
 
     def runtime(self) -> str:
@@ -87,8 +95,14 @@ def _require_tensors(example: tuple) -> None:
 
 
 def _trace(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:
+    """A trace with cuDNN's switches as a fresh process has them, but TF32 off.
+
+    Each traced convolution stores these switches, so those of the exporting process would end up in the file; and an
+    fp32 artifact that was proven in fp32 is to compute in fp32 on a GPU too.
+    """
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with cudnn, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.jit.trace(module, example, check_trace=False, strict=False)
     except Exception as error:  # the tracer passes on whatever the module's forward or its own C++ raised

@@ -1,13 +1,15 @@
 """Pending affines: what the fold remembers beside a stored tensor instead of emitting an operator.
 
     v = a ⊙ s + t        a, t: float64, of v's rank, size 1 on every axis along which they are constant
+
+Nothing here loops over channels; the neutral affine costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from torch import Tensor
 class Affine:
     """``v = scale ⊙ s + shift``.
 
-    scale, shift: float64 tensors of v's rank on the CPU; each has size 1 or v's own size on every axis, and the two need
-    not have the same sizes. They are never written to, so they may be shared.
+    scale, shift: float64 tensors of v's rank on the CPU; each has size 1 or v's own size on every axis, and the two
+        need not have the same sizes. They are never written to, so they may be shared.
     """
 
     scale: Tensor
@@ -183,7 +185,7 @@ class Affine:
         return Affine(*(part.reshape([part.shape[axis] for axis in kept]) for part in parts))
 
     def expand(self, rank: int) -> Affine:
-        """The affine of ``v.expand(...)`` to ``rank`` axes: new leading axes; axes that grow from size 1 need nothing."""
+        """The affine of ``v.expand(...)`` to ``rank`` axes, new ones in front; axes that grow need nothing."""
         return self if rank == self.rank else Affine(_aligned(self.scale, rank), _aligned(self.shift, rank))
 
     def compressed(self) -> Affine:
@@ -192,7 +194,7 @@ class Affine:
         return self if scale is self.scale and shift is self.shift else Affine(scale, shift)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _identity(rank: int) -> Affine:
     with torch.inference_mode(False):
         sizes = (1,) * rank

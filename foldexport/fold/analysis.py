@@ -4,6 +4,7 @@ A *root* is a value whose maker emits an operator; everything that only changes 
 affine ``v = A ⊙ root + B``. Readers state wishes about the values they read; expressed for the root they are
 
     shift  z   "let the pending shift of the root be z", so that what I read has none (z = −B/A),
+    sign   σ   "let the pending scale have this sign" (σ·A > 0, for a ReLU or a max pool),
     scale  k   "let the pending scale be k", exactly (a graph output wants 1/A),
 
 each with a weight: the operators it saves. One wish of each kind is kept per root, the heaviest, the earliest on a tie, so the
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
+from foldexport.fold.borders import Border, find_borders
 from foldexport.fold.constants import Constants
 from foldexport.fold.pending import (
     Statistics,
@@ -57,6 +59,8 @@ class Wish:
     shift: Tensor | None = None
     mask: Tensor | None = None
     shift_weight: float = 0.0
+    sign: Tensor | None = None
+    sign_weight: float = 0.0
     scale: Tensor | None = None
     scale_weight: float = 0.0
     low: float = 0.0  # log2 of the smallest and
@@ -85,7 +89,10 @@ class Analysis:
     constants: Constants
     views: dict[fx.Node, View] = field(default_factory=dict)
     rules: dict[fx.Node, tuple[fx.Node, Affine]] = field(default_factory=dict)
+    live: set[fx.Node] = field(default_factory=set)
+    borders: dict[fx.Node, Border] = field(default_factory=dict)
     reads: dict[fx.Node, int] = field(default_factory=dict)
+    common: dict[fx.Node, Affine | None] = field(default_factory=dict)
     wishes: dict[fx.Node, Wish] = field(default_factory=dict)
     rms: dict[fx.Node, Tensor] | None = None
     max_sigma: float = MAX_SIGMA
@@ -104,33 +111,53 @@ class Analysis:
 
 def analyse(graph: Graph, constants: Constants, max_sigma: float = MAX_SIGMA) -> Analysis:
     """Roots, reads and wishes of a training graph; two linear sweeps."""
-    analysis = Analysis(graph, constants, max_sigma=max_sigma)
+    analysis = Analysis(graph, constants, max_sigma=max_sigma, borders=find_borders(graph, constants))
     for node in graph.fx.nodes:
-        _place(analysis, node)
-    for node in reversed(list(graph.fx.nodes)):
-        if node.op in ("call_function", "output") and node not in constants and node not in analysis.rules:
+        if node.op != "output" and is_float(node) and node not in constants and node.op != "get_attr":
+            analysis.views[node] = _view_of(analysis, node)
+    _mark_live(analysis)
+    nodes = [node for node in graph.fx.nodes if node in analysis.live and node not in analysis.rules]
+    for node in nodes:
+        _count_reads(analysis, node)
+    for node in reversed(nodes):
+        if node.op in ("call_function", "output"):
             _collect(analysis, node)
     return analysis
 
 
-def operands(node: fx.Node) -> list[fx.Node]:
-    """Every (argument slot) read of a node, repeated as often as it is read."""
+def operands(analysis: Analysis, node: fx.Node) -> list[fx.Node]:
+    """Every (argument slot) that a node really reads, repeated as often as it is read."""
+    if node in analysis.rules:
+        return [analysis.rules[node][0]]
+    if node in analysis.borders:
+        return [analysis.borders[node].source]
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
-def _place(analysis: Analysis, node: fx.Node) -> None:
-    if node in analysis.constants or node.op == "get_attr":
+def _mark_live(analysis: Analysis) -> None:
+    """What the outputs need: branches that are identically zero, and pads that a border replaces, are not among it."""
+    stack = [node for node in analysis.graph.fx.nodes if node.op in ("output", "placeholder")]
+    while stack:
+        node = stack.pop()
+        if node not in analysis.live and node not in analysis.constants:
+            analysis.live.add(node)
+            stack.extend(operands(analysis, node))
+
+
+def _count_reads(analysis: Analysis, node: fx.Node) -> None:
+    """Count what an emitting operator reads, and note whether all readers of a root see it through one affine."""
+    if name_of(node) in SHAPE_READERS:
         return
-    if node.op != "output" and is_float(node):
-        analysis.views[node] = _view_of(analysis, node)
-    if node in analysis.rules or name_of(node) in SHAPE_READERS:
-        return
-    for operand in operands(node):
-        if operand in analysis.views:
-            root = analysis.views[operand].root
-            analysis.reads[root] = analysis.reads.get(root, 0) + 1
+    for operand in operands(analysis, node):
+        if operand not in analysis.views:
+            continue
+        view = analysis.views[operand]
+        analysis.reads[view.root] = analysis.reads.get(view.root, 0) + 1
+        seen = analysis.common.setdefault(view.root, view.affine)
+        if seen is not view.affine:
+            analysis.common[view.root] = None
 
 
 def _view_of(analysis: Analysis, node: fx.Node) -> View:
@@ -144,7 +171,26 @@ def _view_of(analysis: Analysis, node: fx.Node) -> View:
         analysis.rules[node] = found
         bn = _root_statistics(base, statistics(node, analysis.constants)) if "norm" in name_of(node) else base.bn
         return View(base.root, base.affine.then(outer), bn)
-    return _double(analysis, node) or View(node, Affine.identity(rank))
+    return _without_zero_branch(analysis, node) or _double(analysis, node) or View(node, Affine.identity(rank))
+
+
+def _without_zero_branch(analysis: Analysis, node: fx.Node) -> View | None:
+    """``v + 0·w + t``: a branch that is identically constant (ReZero at α = 0, γ = 0) only shifts the other operand."""
+    if name_of(node) not in ("add", "sub"):
+        return None
+    args = bound(node)
+    pair = [args["self"], args["other"]]
+    if any(not isinstance(x, fx.Node) or x not in analysis.views or shape_of(x) != shape_of(node) for x in pair):
+        return None
+    alpha = float(args.get("alpha", 1)) * (1 if name_of(node) == "add" else -1)
+    for kept, gone, own, other in ((pair[0], pair[1], 1.0, alpha), (pair[1], pair[0], alpha, 1.0)):
+        branch = analysis.views[gone].affine
+        if not bool(branch.scale.any()):
+            outer = Affine.of(own, other * branch.shift, branch.rank)
+            analysis.rules[node] = (kept, outer)
+            base = analysis.views[kept]
+            return View(base.root, base.affine.then(outer), base.bn)
+    return None
 
 
 def _root_statistics(base: View, stats: Statistics | None) -> Statistics | None:
@@ -177,18 +223,20 @@ def _double(analysis: Analysis, node: fx.Node) -> View | None:
 
 def _collect(analysis: Analysis, node: fx.Node) -> None:
     name = name_of(node) if node.op == "call_function" else "output"
-    variables = [operand for operand in operands(node) if operand in analysis.views]
+    variables = [operand for operand in operands(analysis, node) if operand in analysis.views]
     if name in SHAPE_READERS or not variables:
         return
     if name in ACTIVATIONS:
         wanted = analysis.wish(node).wants_zero_shift
         _want_shift(analysis, variables[0], PLAIN_RELU + (OPERATOR_SAVED if wanted else 0.0))
+        _want_sign(analysis, variables[0], PLAIN_RELU)
     elif name in LEAKY:
         _want_shift(analysis, variables[0], OPERATOR_SAVED)
     elif name in CONVS or name == "linear":
         _collect_conv(analysis, node, variables)
     elif name in MAX_POOLS:
         _inherit(analysis, node, variables[0])
+        _want_sign(analysis, variables[0], OPERATOR_SAVED)
     elif name in AVERAGES:
         if not keeps_constants(node):
             _want_shift(analysis, variables[0], OPERATOR_SAVED)
@@ -237,6 +285,11 @@ def _want_shift(analysis: Analysis, value: fx.Node, weight: float) -> None:
     zero_crossing = torch.where(dead, 0.0, -b / torch.where(dead, 1.0, a))
     mask = ~dead & _healthy(analysis, view, zero_crossing)
     _keep_shift(analysis, view.root, zero_crossing, mask, weight)
+
+
+def _want_sign(analysis: Analysis, value: fx.Node, weight: float) -> None:
+    view = analysis.views[value]
+    _keep_sign(analysis, view.root, torch.where(view.affine.scale < 0, -1.0, 1.0).double(), weight)
 
 
 def _healthy(analysis: Analysis, view: View, z: Tensor) -> Tensor:
@@ -300,6 +353,14 @@ def _inherit(analysis: Analysis, node: fx.Node, value: fx.Node) -> None:
         _keep_shift(analysis, view.root, (wish.shift - b) / a, wish.mask, wish.shift_weight)
     if wish.scale is not None:
         _keep_scale(analysis, view.root, wish.scale / a, wish.scale_weight)
+    if wish.sign is not None:
+        _keep_sign(analysis, view.root, wish.sign * a.sign(), wish.sign_weight)
+
+
+def _keep_sign(analysis: Analysis, root: fx.Node, sign: Tensor, weight: float) -> None:
+    wish = analysis.wishes.setdefault(root, Wish())
+    if weight >= wish.sign_weight:
+        wish.sign, wish.sign_weight = sign, weight
 
 
 def _collect_sum(analysis: Analysis, node: fx.Node, variables: list[fx.Node]) -> None:
@@ -344,3 +405,5 @@ def _inherit_slice(analysis: Analysis, wish: Wish, view: View, axis: int, part: 
         _keep_shift(analysis, view.root, (cut(wish.shift) - b) / a, cut(wish.mask), wish.shift_weight)
     if wish.scale is not None:
         _keep_scale(analysis, view.root, cut(wish.scale) / a, wish.scale_weight)
+    if wish.sign is not None:
+        _keep_sign(analysis, view.root, cut(wish.sign) * a.sign(), wish.sign_weight)

@@ -56,7 +56,8 @@ class Ledger(Sequence[Entry]):
 
     def arrange(self, order: dict[object, int]) -> None:
         """Sort the entries by the place of their nodes in the training graph."""
-        self._entries = dict(sorted(self._entries.items(), key=lambda item: order.get(item[0], len(order))))
+        place = lambda key: order.get(key[-1] if isinstance(key, tuple) else key, len(order))  # noqa: E731
+        self._entries = dict(sorted(self._entries.items(), key=lambda item: place(item[0])))
 
     def __len__(self) -> int:
         return len(self._entries)

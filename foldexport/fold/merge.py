@@ -190,25 +190,43 @@ def _term_paths(pending: Pending) -> list[Path]:
 # ── composition ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def merge_composition(pending: Pending, conv: Conv) -> tuple[Stored, Conv, tuple[str, ...]] | None:
-    """``conv(v)`` as one convolution ``(source, conv, names)`` of an ancestor of ``v``, where that is exact and no dearer."""
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """``conv(v)`` as one convolution of an ancestor of ``v``; without one, `refusal` says why (empty: nothing to merge)."""
+
+    source: Stored | None = None
+    conv: Conv | None = None
+    labels: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def merge_composition(pending: Pending, conv: Conv) -> Composition:
+    """Compose with what is linear in front, as far back as that is exact and no dearer."""
     stored, affine = pending.stored, pending.affine
     axis = 1 if conv.spatial_rank else stored.rank - 1
-    if not affine.varies_only_on(axis):
-        return None
-    found = paths(stored)
-    if not found:
-        return None
+    found = [p for p in paths(stored) if any(p.labels) and p.conv.spatial_rank == conv.spatial_rank]
+    if not found or not affine.varies_only_on(axis):
+        return Composition()
     vectors = affine.vector(axis, stored.shape[axis])
     macs, moved = expense(conv, stored)
-    best = None
+    best = Composition()
     for path in found:
-        if path.conv.spatial_rank != conv.spatial_rank or not any(path.labels):
+        try:
+            composed = algebra.compose(path.conv.affine_output(*vectors), conv)
+        except ValueError as refused:
+            best = best if best.conv is not None else Composition(refusal=str(refused))
             continue
-        composed = attempt(algebra.compose, path.conv.affine_output(*vectors), conv)
-        if composed is not None and pays(composed, path.source, path.macs + macs, path.bytes + moved):
-            best = (path.source, composed, path.labels)
+        if pays(composed, path.source, path.macs + macs, path.bytes + moved):
+            best = Composition(path.source, composed, path.labels)
+        elif best.conv is None:
+            new = expense(composed, path.source)
+            best = Composition(refusal=_dearer(new, (path.macs + macs, path.bytes + moved)))
     return best
+
+
+def _dearer(new: tuple[float, float], old: tuple[float, float]) -> str:
+    what = ("multiply-adds", 0) if new[0] > old[0] else ("bytes moved", 1)
+    return f"the merged layer would need {new[what[1]]:,.0f} {what[0]} per sample instead of {old[what[1]]:,.0f}"
 
 
 def pointwise_source(pending: Pending) -> tuple[Stored, Conv] | None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
-from foldexport.fold.analysis import MAX_SIGMA, Analysis, analyse
+from foldexport.fold.analysis import MAX_SIGMA, Analysis, Wish, analyse
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.pending import REPORTED, dynamic_axes, is_float, name_of, shape_of
 from foldexport.fold.stored import Pending, Stored, can, push_down, rebase
 from foldexport.trace import Graph
 
+ROUNDING = 8 * 2.0**-53  # relative to the terms of a sum or product of two
 WIDE_RANGE = 1.0  # octaves of trunk scale from which its starting scale is chosen
 
 
@@ -144,20 +145,32 @@ class Fold:
 
     def _grant(self, node: fx.Node, pending: Pending) -> Pending:
         """Take the wish that saves most, once; what cannot be had is left as it is."""
+        through = self.analysis.common.get(node)
+        if through is not None and not through.is_identity and can(pending.stored, pending.affine.then(through)):
+            return self._taken_whole(pending, through)
         wish = self.analysis.wish(node)
         a, t = pending.affine.scale, pending.affine.shift
-        scales = [wish.scale] if wish.scale is not None else []
-        if wish.scale is None and wish.high - wish.low > WIDE_RANGE:
-            middle = 2.0 ** round(-(wish.high + wish.low) / 2)
-            scales = [torch.full_like(a[(0,) * a.dim()], middle).reshape((1,) * a.dim())]
         shift = None if wish.shift is None else torch.where(wish.mask, wish.shift, t)
-        for scale in [*scales, a]:
+        for scale in [*self._scales(wish, a), a]:
             for target_shift in [t] if shift is None else [shift, t]:
-                target = Affine(*torch.broadcast_tensors(scale, target_shift))
-                changed = self.retargeted(pending, target)
+                changed = self.retargeted(pending, Affine(*torch.broadcast_tensors(scale, target_shift)))
                 if changed is not None:
                     return changed
         return pending
+
+    def _taken_whole(self, pending: Pending, through: Affine) -> Pending:
+        """Every reader sees the root through one affine: its maker takes it, and the readers find ``(1, 0)``."""
+        pending.stored.retarget(pending.affine.then(through))
+        return pending.current()
+
+    def _scales(self, wish: Wish, a: Tensor) -> list[Tensor]:
+        """Scales worth asking for: an exact one; else the middle of the range that additions will see, with the wished signs."""
+        if wish.scale is not None:
+            return [wish.scale]
+        if wish.high - wish.low <= WIDE_RANGE:
+            return [] if wish.sign is None else [wish.sign * a.abs()]
+        middle = torch.full((1,) * a.dim(), 2.0 ** round(-(wish.high + wish.low) / 2), dtype=torch.float64)
+        return [middle] if wish.sign is None else [wish.sign * middle, middle]
 
     def retargeted(self, pending: Pending, target: Affine) -> Pending | None:
         """Let the maker of ``s`` make ``s' = (v − t')/a'``, that is ``p = a/a'``, ``q = (t − t')/a'``; None if it cannot."""
@@ -206,7 +219,7 @@ class Fold:
         for key in pending.carried[-1:]:
             self.ledger.kept(key, self.label(key), name_of(key), reason)
         if not pending.carried:
-            self.ledger.kept((node, stored), self.label(node), "restore", reason)
+            self.ledger.kept((stored, node), self.label(node), "restore", reason)
         return Pending.of(made, target)
 
     def _why_closed(self, stored: Stored) -> str:
@@ -241,7 +254,7 @@ class Fold:
             if node.op == "placeholder":
                 inputs.append(self.emit(node, "input", []))
                 self.values[node] = Pending.of(inputs[-1]) if is_float(node) else inputs[-1]
-            elif node.op == "call_function" and node not in self.constants:
+            elif node.op == "call_function" and node in self.analysis.live:
                 self._step(node, table, opaque)
         outputs = self._outputs(next(n for n in graph.fx.nodes if n.op == "output"))
         return self._finish(inputs, outputs)
@@ -255,7 +268,7 @@ class Fold:
             if name_of(node) in REPORTED:
                 self.ledger.note(node, self.label(node), name_of(node))
                 carried = (*carried, node)
-            self.values[node] = Pending.of(pending.stored, pending.affine.then(outer), carried)
+            self.values[node] = Pending.of(pending.stored, settled(pending.affine, outer), carried)
             return
         if node.target is operator.getitem:
             self.values[node] = self.values[node.args[0]][node.args[1]]
@@ -288,6 +301,20 @@ class Fold:
         order = sorted_by_use([s for s in self.order if s in alive or s.kind == "input"])
         self.ledger.arrange({node: i for i, node in enumerate(self.analysis.graph.fx.nodes)})
         return FoldedGraph(order, inputs, outputs, values, self.ledger, self.analysis.graph)
+
+
+def settled(inner: Affine, outer: Affine) -> Affine:
+    """``outer(inner(s))`` where what cancels but for rounding is exactly zero, and what multiplies to one is exactly one.
+
+    A maker that took ``z = −β/k`` leaves ``k·z + β``, which is zero in exact arithmetic and must not cost an operator.
+    """
+    total = inner.then(outer)
+    if total.is_identity:
+        return total
+    terms = (outer.scale * inner.shift).abs() + outer.shift.abs()
+    shift = torch.where(total.shift.abs() <= ROUNDING * terms, 0.0, total.shift)
+    scale = torch.where((total.scale - 1).abs() <= ROUNDING, 1.0, total.scale)
+    return Affine(*torch.broadcast_tensors(scale, shift))
 
 
 def same(a: Affine, b: Affine) -> bool:

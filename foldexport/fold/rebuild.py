@@ -6,6 +6,7 @@ The module is made of ``torch.nn`` layers under the user's own names: an ``nn.Se
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,18 @@ class Rebuilt:
             if self.module is not self.program.module:
                 self.module.to(dtype)
         return self.module
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A folded module in ``dtype``: itself where all its floating tensors are, else a copy; casts inside it follow."""
+    old = {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()} - {dtype}
+    if not old:
+        return module
+    module = copy.deepcopy(module)
+    for each in old:
+        if isinstance(module, fx.GraphModule):
+            _retype(module, dtype, each)
+    return module.to(dtype)
 
 
 def rebuild(folded: FoldedGraph) -> Rebuilt:
@@ -209,13 +222,13 @@ def _labels(folded: FoldedGraph, nodes: dict[Stored, fx.Node]) -> dict[str, str]
     return {nodes[stored].name: stored.module or stored.name for stored in folded.order}
 
 
-def _retype(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Weights and the casts inside the graph to ``dtype``."""
+def _retype(module: fx.GraphModule, dtype: torch.dtype, old: torch.dtype = torch.float64) -> None:
+    """Weights to ``dtype``, and the casts to ``old`` inside the graph."""
     module.to(dtype)
     changed = False
     for node in module.graph.nodes:
-        if node.op == "call_function" and _mentions(node, torch.float64):
-            swap = lambda x: dtype if x is torch.float64 else x  # noqa: E731 - the one rewrite
+        if node.op == "call_function" and _mentions(node, old):
+            swap = lambda x: dtype if x is old else x  # noqa: E731 - the one rewrite
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), swap)
             changed = True
     if changed:

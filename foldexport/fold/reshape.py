@@ -58,11 +58,22 @@ class _Group:
         self.inputs: list[int] = []
         self.outputs: list[int] = []
 
-    def is_regular(self, dynamic_in: Collection[int], dynamic_out: Collection[int]) -> bool:
-        """Whether what holds at the traced sizes holds at all: no symbolic axis, or one first, or one last, on both sides.
+    def is_complete(
+        self, size_in: int, size_out: int, dynamic_in: Collection[int], dynamic_out: Collection[int]
+    ) -> bool:
+        """Whether both sides hold the same number of values.
 
-        With ``[D, …]`` on both sides values repeat with the product of the other axes and D·|in| sees every combination;
-        with ``[…, D]`` the places where values change scale with D. Elsewhere sizes decide.
+        A symbolic axis on one side only is a coincidence of the traced sizes; the group then has to grow.
+        """
+        if not self.inputs or not self.outputs or size_in != size_out:
+            return False
+        return any(a in dynamic_in for a in self.inputs) == any(a in dynamic_out for a in self.outputs)
+
+    def is_regular(self, dynamic_in: Collection[int], dynamic_out: Collection[int]) -> bool:
+        """Whether what holds at the traced sizes always holds: no symbolic axis, or the first or the last on both sides.
+
+        With ``[D, …]`` on both sides values repeat with the product of the other axes, and D·|in| sees every
+        combination; with ``[…, D]`` the places where values change scale with D. Elsewhere sizes decide.
         """
         symbolic_in = [axis in dynamic_in for axis in self.inputs]
         symbolic_out = [axis in dynamic_out for axis in self.outputs]
@@ -73,7 +84,9 @@ class _Group:
         return (symbolic_in[0] and symbolic_out[0]) or (symbolic_in[-1] and symbolic_out[-1])
 
 
-def _groups(in_shape, out_shape, dynamic_in, dynamic_out) -> list[tuple[_Group, bool]] | None:
+def _groups(
+    in_shape: Sequence[int], out_shape: Sequence[int], dynamic_in: Collection[int], dynamic_out: Collection[int]
+) -> list[tuple[_Group, bool]] | None:
     """Minimal groups from the left, each with whether it is regular; None where the products never meet."""
     inputs = [axis for axis, size in enumerate(in_shape) if size != 1 or axis in dynamic_in]
     outputs = [axis for axis, size in enumerate(out_shape) if size != 1 or axis in dynamic_out]
@@ -83,25 +96,24 @@ def _groups(in_shape, out_shape, dynamic_in, dynamic_out) -> list[tuple[_Group, 
     while inputs or outputs:
         group = _Group()
         size_in = size_out = 1
-        # a symbolic axis on one side only is a coincidence of the traced sizes: go on until both sides have one
-        while not (group.inputs and group.outputs and size_in == size_out and _balanced(group, dynamic_in, dynamic_out)):
+        while not group.is_complete(size_in, size_out, dynamic_in, dynamic_out) and (inputs or outputs):
             if outputs and (size_in > size_out or not inputs or (group.inputs and not group.outputs)):
                 group.outputs.append(outputs.pop(0))
                 size_out *= out_shape[group.outputs[-1]]
-            elif inputs:
+            else:
                 group.inputs.append(inputs.pop(0))
                 size_in *= in_shape[group.inputs[-1]]
-            else:
-                break
         groups.append((group, group.is_regular(dynamic_in, dynamic_out)))
     return groups
 
 
-def _balanced(group: _Group, dynamic_in: Collection[int], dynamic_out: Collection[int]) -> bool:
-    return any(a in dynamic_in for a in group.inputs) == any(a in dynamic_out for a in group.outputs)
-
-
-def _map_tensor(tensor: Tensor, rank: int, groups, in_shape, out_shape) -> Tensor | None:
+def _map_tensor(
+    tensor: Tensor,
+    rank: int,
+    groups: list[tuple[_Group, bool]] | None,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+) -> Tensor | None:
     if tensor.numel() == 1:
         return tensor.reshape((1,) * rank)
     if groups is None:
@@ -120,46 +132,47 @@ def _map_tensor(tensor: Tensor, rank: int, groups, in_shape, out_shape) -> Tenso
 
 
 def split_channels(affine: Affine, factor: int) -> Affine | None:
-    """Channels ``[C]`` as ``[C·factor]``, each value repeated: pixel_unshuffle, or pixel_shuffle from its result back.
+    """Channels ``[…, C, H, W]`` as ``[…, C·factor, H, W]``, each repeated: pixel_unshuffle, or pixel_shuffle backwards.
 
-    None where the affine varies along other axes than 1.
+    None where the affine varies along other axes.
     """
-    if not affine.varies_only_on(1):
+    if not affine.varies_only_on(-3):
         return None
     affine = affine.compressed()
-    return Affine(*(t if t.shape[1] == 1 else t.repeat_interleave(factor, 1) for t in (affine.scale, affine.shift)))
+    return Affine(*(t if t.shape[-3] == 1 else t.repeat_interleave(factor, -3) for t in (affine.scale, affine.shift)))
 
 
 def merge_channels(affine: Affine, factor: int) -> Affine | None:
-    """Channels ``[C·factor]`` as ``[C]``: pixel_shuffle, or pixel_unshuffle from its result back.
+    """Channels ``[…, C·factor, H, W]`` as ``[…, C, H, W]``: pixel_shuffle, or pixel_unshuffle backwards.
 
-    None where values within a group of ``factor`` channels differ, or the affine varies along other axes than 1.
+    None where values within a group of ``factor`` channels differ, or the affine varies along other axes.
     """
-    if not affine.varies_only_on(1):
+    if not affine.varies_only_on(-3):
         return None
     parts = []
     for tensor in (affine.compressed().scale, affine.compressed().shift):
-        if tensor.shape[1] > 1:
-            grouped = tensor.unflatten(1, (-1, factor))
-            if not bool((grouped == grouped[:, :, :1]).all()):
+        if tensor.shape[-3] > 1:
+            grouped = tensor.unflatten(-3, (-1, factor))
+            first = grouped.narrow(-3, 0, 1)
+            if not bool((grouped == first).all()):
                 return None
-            tensor = grouped[:, :, 0]
+            tensor = first.squeeze(-3)
         parts.append(tensor)
     return Affine(*parts)
 
 
 def pixel_shuffle(affine: Affine, upscale: int) -> Affine | None:
-    """``[N, C·r², H, W] → [N, C, H·r, W·r]`` (torch.nn.PixelShuffle)."""
+    """``[…, C·r², H, W] → […, C, H·r, W·r]`` (torch.nn.PixelShuffle)."""
     return merge_channels(affine, upscale * upscale)
 
 
 def pixel_unshuffle(affine: Affine, downscale: int) -> Affine | None:
-    """``[N, C, H·r, W·r] → [N, C·r², H, W]`` (torch.nn.PixelUnshuffle)."""
+    """``[…, C, H·r, W·r] → […, C·r², H, W]`` (torch.nn.PixelUnshuffle)."""
     return split_channels(affine, downscale * downscale)
 
 
 def channel_shuffle(affine: Affine, groups: int) -> Affine:
-    """``[N, G·K, …]``: channel ``g·K + k`` goes to ``k·G + g`` (torch.nn.ChannelShuffle). With K groups: the way back."""
+    """``[N, G·K, …]``: channel ``g·K + k`` goes to ``k·G + g`` (torch.nn.ChannelShuffle); with K groups back."""
     affine = affine.compressed()
     return Affine(*(_shuffled(tensor, groups) for tensor in (affine.scale, affine.shift)))
 

@@ -107,9 +107,11 @@ def rebase(affine: Affine, change: Affine) -> tuple[Affine, Tensor | None]:
     if not bool(lost.any()):
         ratio = affine.scale / change.scale
         return Affine(ratio, affine.shift - ratio * change.shift), None
-    ratio = torch.where(lost, torch.zeros(()).double(), affine.scale / torch.where(lost, 1.0, change.scale))
+    known = lost & (affine.scale == 0)  # there v = t and s' = q, so v = s' + (t − q) says the same
+    ratio = torch.where(known, 1.0, torch.where(lost, 0.0, affine.scale / torch.where(lost, 1.0, change.scale)))
     shift = affine.shift - ratio * change.shift
-    return Affine(*torch.broadcast_tensors(ratio, shift)), ~lost | (affine.scale == 0)
+    usable = ~lost | known
+    return Affine(*torch.broadcast_tensors(ratio, shift)), None if bool(usable.all()) else usable
 
 
 # ── handles: can the maker of s make p ⊙ s + q instead? ─────────────────────────────────────────────────────────────

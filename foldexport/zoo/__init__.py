@@ -48,11 +48,11 @@ def identify(
 
     ``metadata`` is what lay beside the weights; a timm ``pretrained_cfg`` in it overrules the family's preprocessing.
     ``arch``: a name of `arch_names`, where only that family is asked and ``arch_args`` overrule what it reads from the
-    shapes. ``source`` names the file in errors. Half-precision weights are widened to float32; a float64 checkpoint gives a
-    float64 network.
+    shapes. ``source`` names the file in errors. Half-precision weights are widened to float32; a float64 checkpoint
+    gives a float64 network.
 
-    Raises CheckpointError: no family has such keys; keys missing, surplus or of another shape; values that are not finite; a
-    negative running variance. Raises UsageError for an unknown ``arch`` or ``arch_args``.
+    Raises CheckpointError: no family has such keys; keys missing, surplus or of another shape; values that are not
+    finite; a negative running variance. Raises UsageError for an unknown ``arch`` or ``arch_args``.
     """
     if not tensors:
         raise CheckpointError(f"{source}: holds no tensors.")
@@ -60,8 +60,8 @@ def identify(
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     plain, notes = uniform_precision(plain)
     identified = family.load(plain, dict(arch_args or {}), source)
-    check_finite(tensors, source)
-    check_running_var(tensors, source)
+    check_finite(plain, source)
+    check_running_var(plain, source)
     identified.notes[:0] = notes
     _take_preprocessing(identified, (metadata or {}).get("pretrained_cfg"))
     return identified
@@ -82,7 +82,7 @@ def _named(arch: str) -> Family:
     found = next((family for family in FAMILIES if family.arch == arch), None)
     if found is None:
         raise UsageError(
-            f"--arch {arch}: the zoo has {', '.join(arch_names())}; for a network of your own pass package.module:callable."
+            f"--arch {arch}: the zoo has {', '.join(arch_names())}; for a network of your own, package.module:callable."
         )
     return found
 

@@ -23,14 +23,14 @@ def tiled_dirac_delta(shape: tuple[int, ...]) -> Tensor:
     out_channels, in_channels, *kernel = shape
     n = min(out_channels, in_channels)
     if out_channels % n or in_channels % n:
-        raise ValueError(f"a tiled delta of {out_channels}x{in_channels} channels: one has to be a multiple of the other")
+        raise ValueError(f"a tiled delta of {out_channels}x{in_channels} channels; one must be a multiple of the other")
     return dirac_delta((n, n, *kernel)).repeat(out_channels // n, in_channels // n, *[1] * len(kernel))
 
 
 def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, delta: Tensor) -> Tensor:
     """``w_hat = alpha·delta + beta·normalize(W)``, each filter of W scaled to unit length (eps 1e-12).
 
-    ``weight``, ``delta`` and the result are ``[Cout, Cin, *k]``; ``alpha`` and ``beta`` ``[Cout]`` (v2) or ``[1]`` (v1).
+    ``weight``, ``delta`` and the result are ``[Cout, Cin, *k]``; ``alpha``, ``beta`` ``[Cout]`` (v2) or ``[1]`` (v1).
     """
     per_filter = (-1, *[1] * (weight.dim() - 1))
     normalized = F.normalize(weight.flatten(1), dim=1, eps=1e-12).view_as(weight)

@@ -30,7 +30,7 @@ class Plan:
 
     @property
     def width(self) -> float | None:
-        """The factor on the paper's channel counts, with the fewest decimals; None where the groups do not share one."""
+        """The factor on the paper's channel counts, in the fewest decimals; None where the groups share none."""
         base = BASE_WIDTHS[self.dataset]
         candidates = [round(self.widths[-1] / base[-1], decimals) for decimals in range(6)]
         return next((w for w in candidates if self.widths == tuple(int(w * c) for c in base)), None)
@@ -39,7 +39,7 @@ class Plan:
 def make_plan(
     dataset: str = "CIFAR", depth: int | None = None, width: float = 1, num_classes: int | None = None, version: int = 2
 ) -> Plan:
-    """The paper's networks. CIFAR: depth 6n + 4, ``16·w, 32·w, 64·w`` channels; ImageNet: depth 18 or 34, ``64·w … 512·w``.
+    """The paper's networks. CIFAR: depth 6n + 4, ``16·w, 32·w, 64·w`` channels; ImageNet: 18 or 34, ``64·w … 512·w``.
 
     Unless given, ``depth`` and ``num_classes`` are 16 and 10 on CIFAR, 18 and 1000 on ImageNet. Raises ValueError for a
     dataset, depth or version that the paper does not define.
@@ -90,7 +90,7 @@ def _features(plan: Plan, folded: bool) -> nn.Sequential:
     else:
         layers["relu"] = nn.ReLU()
     in_channels = first
-    for g, (width, count) in enumerate(zip(plan.widths, plan.blocks)):
+    for g, (width, count) in enumerate(zip(plan.widths, plan.blocks, strict=True)):
         if g > 0:
             layers[f"max_pool{g}"] = nn.MaxPool2d(2)
         group = nn.Sequential()

@@ -31,7 +31,7 @@ PREPROCESSING = {
     },
 }  # fmt: skip
 
-_CONV = re.compile(r"features\.group(\d+)\.block(\d+)\.conv\.(weight|alpha|beta|bias)")
+_CONV = re.compile(r"features\.group(\d{1,9})\.block(\d{1,9})\.conv\.(weight|alpha|beta|bias)")
 
 
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
@@ -92,7 +92,7 @@ def describe(plan: Plan, folded: bool) -> str:
 def _layout_reason(published: bool, folded: bool) -> str:
     if published:
         return "keys group0.block0.conv with .alpha and .beta beside it"
-    return "keys features.group0.block0.conv.weight and .bias" if folded else "keys features.group0.block0.conv.alpha and .beta"
+    return f"keys features.group0.block0.conv.{'weight and .bias' if folded else 'alpha and .beta'}"
 
 
 def read_plan(state: Mapping[str, Tensor], source: str) -> tuple[Plan, str]:
@@ -102,11 +102,14 @@ def read_plan(state: Mapping[str, Tensor], source: str) -> tuple[Plan, str]:
     """
     blocks, weights = _blocks(state), _block_weights(state)
     if not blocks:
-        raise CheckpointError(f"{source}: no DiracNet: no key such as group0.block0.conv with group0.block0.alpha beside it.")
+        raise CheckpointError(f"{source}: no DiracNet: no key group0.block0.conv with group0.block0.alpha beside it.")
+    if sum(blocks.values()) > len(state):
+        count = f"{len(state)} tensors are not {sum(blocks.values())} blocks"
+        raise CheckpointError(f"{source}: looks like a DiracNet, but {count}.")
     if blocks.keys() not in ({0, 1, 2}, {0, 1, 2, 3}) or blocks.keys() - weights.keys():
         raise CheckpointError(
             f"{source}: looks like a DiracNet, but has convolutions in groups {', '.join(map(str, sorted(weights)))};\n"
-            "a DiracNet has groups 0 to 2 (CIFAR) or 0 to 3 (ImageNet), each with convolution weights [Cout, Cin, 3, 3]."
+            "a DiracNet has groups 0 to 2 (CIFAR) or 0 to 3 (ImageNet), their weights [Cout, Cin, 3, 3]."
         )
     dataset = "CIFAR" if len(blocks) == 3 else "ImageNet"
     widths = tuple(_most_common(w.shape[0] for w in weights[g].values()) for g in sorted(weights))
@@ -124,14 +127,15 @@ def _reason(plan: Plan) -> str:
     stem = "3x3" if plan.dataset == "CIFAR" else "7x7"
     reads = "as many channels as they write" if plan.version == 2 else "twice the channels (NCReLU)"
     return (
-        f"{len(plan.blocks)} groups behind a {stem} stem: {plan.dataset}; {dashed(plan.blocks)} blocks: depth {plan.depth}; "
+        f"{len(plan.blocks)} groups behind a {stem} stem: {plan.dataset}; "
+        f"{dashed(plan.blocks)} blocks: depth {plan.depth}; "
         f"{dashed(plan.widths)} channels where width 1 has {dashed(BASE_WIDTHS[plan.dataset])}; "
         f"blocks read {reads}: v{plan.version}; fc has {plan.num_classes} rows"
     )
 
 
 def _blocks(state: Mapping[str, Tensor]) -> dict[int, int]:
-    """Group → number of blocks, by the highest number that occurs: a block without its weight is missing, not absent."""
+    """Group → number of blocks, by the highest that occurs: a block without its weight is missing, not absent."""
     found: dict[int, int] = {}
     for key in state:
         if match := _CONV.fullmatch(key):
@@ -150,7 +154,7 @@ def _block_weights(state: Mapping[str, Tensor]) -> dict[int, dict[int, Tensor]]:
 
 
 def _version(state: Mapping[str, Tensor], weights: Mapping[int, Mapping[int, Tensor]]) -> int:
-    """Version 1 behind its first block reads ``[Cout, 2·Cout, 3, 3]``; of blocks that stand alone, alpha is ``[1]``."""
+    """Version 1 behind its first block reads ``[Cout, 2·Cout, 3, 3]``; in groups of one block, alpha is ``[1]``."""
     ratios = [w.shape[1] / w.shape[0] for group in weights.values() for b, w in group.items() if b > 0 and w.shape[0]]
     if ratios:
         return 1 if _most_common(ratios) == 2 else 2
@@ -183,7 +187,7 @@ def _add_deltas(
     shapes: Mapping[str, tuple[int, ...]],
     version: int,
 ) -> list[str]:
-    """Gives every block its delta: the file's, else the identity that the paper defines; a note says which were made."""
+    """Gives every block its delta: the file's, else the identity as the paper has it; a note says which were made."""
     deltas = {key: layouts.eye_name(shape) for key, shape in shapes.items() if key.endswith(".conv.delta")}
     surplus += sorted(eyes.keys() - set(deltas.values()))
     make = tiled_dirac_delta if version == 1 else dirac_delta

@@ -39,7 +39,7 @@ KEYS = (
 
 
 def is_published(keys: Sequence[str]) -> bool:
-    """Whether these are the unfolded names of the original code: no ``features.``, a block's scales beside its ``conv``."""
+    """Whether these are the unfolded names of the original code: no ``features.``, scales beside a block's ``conv``."""
     return any(re.fullmatch(rf"{_BLOCK}\.(alpha|beta|conv)", key) for key in keys)
 
 
@@ -64,7 +64,7 @@ def published_key(key: str, shape: Sequence[int] = ()) -> str:
 
 
 def from_published(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """``(state, eyes, surplus)``: tensors under the network's names, the deltas by published name, keys that are neither."""
+    """``(state, eyes, surplus)``: tensors by the network's names, deltas by the published ones, and other keys."""
     state, eyes, surplus = {}, {}, []
     for key, tensor in tensors.items():
         if _EYE.fullmatch(key):

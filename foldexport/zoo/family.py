@@ -14,9 +14,10 @@ from torch import Tensor, nn
 class Identified:
     """A checkpoint recognised as a network.
 
-    ``module`` is in eval mode with the weights loaded. ``preprocessing`` has timm's field names: ``input_size`` (channels,
-    height, width), ``mean`` and ``std`` of RGB in 0 … 1, ``interpolation``, ``crop_pct``, ``num_classes``, ``label_names``.
-    ``reason`` says which keys and shapes gave the architecture away; ``notes`` what was changed or filled in while loading.
+    ``module`` is in eval mode with the weights loaded. ``preprocessing`` has timm's field names: ``input_size``
+    (channels, height, width), ``mean`` and ``std`` of RGB in 0 … 1, ``interpolation``, ``crop_pct``, ``num_classes``,
+    ``label_names``. ``reason`` says which keys and shapes gave the architecture away; ``notes`` what was changed or
+    filled in while loading.
     """
 
     module: nn.Module
@@ -33,10 +34,10 @@ class Identified:
 class Family:
     """One family of architectures.
 
-    ``arch``: its name for ``--arch``. ``keys``: regular expressions that its state-dict keys match in full, in any of its
-    layouts. ``recognises(tensors)``: whether this is one of its checkpoints, however damaged. ``load(tensors, arch_args,
-    source)``: the network with the weights in it; raises CheckpointError where they do not fit, UsageError for ``arch_args``
-    that make no network.
+    ``arch``: its name for ``--arch``. ``keys``: regular expressions that its state-dict keys match in full, in any of
+    its layouts. ``recognises(tensors)``: whether this is one of its checkpoints, however damaged.
+    ``load(tensors, arch_args, source)``: the network with the weights in it; raises CheckpointError where they do not
+    fit, UsageError for ``arch_args`` that make no network.
     """
 
     name: str

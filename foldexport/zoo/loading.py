@@ -36,9 +36,9 @@ def load_strictly(
 ) -> nn.Module:
     """``module`` (on the meta device) with ``state`` as its tensors, in eval mode.
 
-    ``surplus``: keys of the file that have no name in the network; ``file_key`` maps a name of the network to that of the
-    file. ``num_batches_tracked``, which evaluation does not read, may be absent and starts at 0. Raises CheckpointError
-    with a line per kind of misfit: missing, surplus, wrong shape, not floating point.
+    ``surplus``: keys of the file that have no name in the network; ``file_key`` maps a name of the network to that of
+    the file. ``num_batches_tracked``, which evaluation does not read, may be absent and starts at 0. Raises
+    CheckpointError that lists what is missing, surplus, of another shape and not floating point.
     """
     wanted = module.state_dict()
     counters = {key for key in wanted if key.endswith(".num_batches_tracked")}
@@ -55,23 +55,26 @@ def load_strictly(
         for key in shared
         if wanted[key].is_floating_point() and not state[key].is_floating_point()
     ]
-    lines = [
-        *_line("missing", missing),
-        *_line("surplus", surplus),
-        *_line("of another shape", reshaped),
-        *_line("not floating point", integers),
+    misfits = [
+        *_listed("missing", missing),
+        *_listed("surplus", surplus),
+        *_listed("of another shape", reshaped),
+        *_listed("not floating point", integers),
     ]
-    if lines:
-        raise CheckpointError(f"{title}: the checkpoint does not fit.\n" + "\n".join(lines))
+    if misfits:
+        raise CheckpointError(
+            f"{title}: {'; '.join(misfits)}.\n"
+            "Pass the file as it was saved, or --arch package.module:callable for a network of your own."
+        )
     found = {key: state[key] for key in shared}
     found |= {key: torch.tensor(0) for key in counters}
     module.load_state_dict(found, strict=True, assign=True)
     return module.eval()
 
 
-def _line(what: str, names: Sequence[str]) -> list[str]:
+def _listed(what: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     names = list(dict.fromkeys(names))
     more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-    return [f"  {len(names)} {what}: {', '.join(names[:SHOWN_KEYS])}{more}"]
+    return [f"{len(names)} {what} ({', '.join(names[:SHOWN_KEYS])}{more})"]

@@ -109,7 +109,9 @@ def references(module: nn.Module, inputs: list[tuple[Tensor, ...]]) -> list[list
 def proof(exporter, module: nn.Module, inputs: list[tuple[Tensor, ...]], path: Path, weights=None):
     """The comparison of a file with its module."""
     found = exporter.load(path)
-    return compare(references(module, inputs), found, inputs, N32, format=exporter.name, label=exporter.runtime(), weights=weights)
+    return compare(
+        references(module, inputs), found, inputs, N32, format=exporter.name, label=exporter.runtime(), weights=weights
+    )
 
 
 def local_traces(path: Path) -> list[str]:
@@ -121,5 +123,13 @@ def local_traces(path: Path) -> list[str]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             content += b"".join(archive.read(name) for name in archive.namelist())
-    paths = {str(Path.cwd()), str(Path.home()), sysconfig.get_paths()["purelib"], str(Path(__file__).parents[2]), str(path.parent)}
-    return [each for each in (*sorted(paths - {"/"}), "site-packages", ".py\"", "stack_trace") if each.encode() in content]
+    paths = {
+        str(Path.cwd()),
+        str(Path.home()),
+        sysconfig.get_paths()["purelib"],
+        str(Path(__file__).parents[2]),
+        str(path.parent),
+    }
+    return [
+        each for each in (*sorted(paths - {"/"}), "site-packages", '.py"', "stack_trace") if each.encode() in content
+    ]

@@ -17,7 +17,9 @@ def test_aliases_and_order():
     assert [row.name for row in exporters.resolve("ts, ONNX,torchscript")] == ["torchscript", "onnx"]
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("onx", "onnx"), ("torchscipt", "torchscript"), ("onnxruntim", "onnxruntime")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("onx", "onnx"), ("torchscipt", "torchscript"), ("onnxruntim", "onnxruntime")]
+)
 def test_unknown_name_gives_the_nearest(name, nearest):
     with pytest.raises(UsageError, match=f"unknown format '{name}': did you mean {nearest}"):
         exporters.resolve(f"onnx,{name}")
@@ -37,7 +39,10 @@ def test_missing_package_gives_the_exact_command():
     row = dataclasses.replace(exporters.get("onnx"), packages=("onnx", "surely_not_installed"), extra="special")
     with pytest.raises(MissingDependencyError) as caught:
         exporters.exporter(row)
-    assert str(caught.value) == "onnx needs surely_not_installed, which is not installed: pip install 'foldexport[special]'"
+    assert (
+        str(caught.value)
+        == "onnx needs surely_not_installed, which is not installed: pip install 'foldexport[special]'"
+    )
     assert caught.value.exit_code == 5
 
 
@@ -50,7 +55,9 @@ def test_exporter_that_does_not_import(tmp_path, monkeypatch):
 
 
 def test_status_tells_what_works_and_why_not(monkeypatch):
-    broken = dataclasses.replace(exporters.get("onnx"), name="other", packages=("surely_not_installed",), extra="special")
+    broken = dataclasses.replace(
+        exporters.get("onnx"), name="other", packages=("surely_not_installed",), extra="special"
+    )
     monkeypatch.setitem(exporters.FORMATS, "other", broken)
     found = {each.format.name: each for each in exporters.status()}
     assert found["onnx"].works and found["onnx"].version and not found["onnx"].reason
@@ -62,7 +69,9 @@ def test_looking_at_the_table_imports_nothing_heavy():
         "import sys; from foldexport import exporters; exporters.resolve('onnx,ts'); exporters.status();"
         "print([name for name in ('torch', 'onnx', 'onnxruntime', 'numpy', 'onnxsim') if name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @pytest.mark.parametrize("row", exporters.FORMATS.values(), ids=lambda row: row.name)

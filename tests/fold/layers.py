@@ -35,9 +35,13 @@ def conv_bn(cin: int, cout: int, kernel: int | tuple[int, ...] = 3, **geometry) 
 class Apply(nn.Module):
     """A function of one or several tensors as a module."""
 
-    def __init__(self, function: Callable[..., Tensor]):
+    def __init__(self, function: Callable[..., Tensor], name: str = ""):
         super().__init__()
         self.function = function
+        self.name = name
+
+    def extra_repr(self) -> str:
+        return self.name
 
     def forward(self, *values: Tensor) -> Tensor:
         return self.function(*values)

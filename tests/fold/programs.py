@@ -31,14 +31,17 @@ class Step(NamedTuple):
 class Constant(nn.Module):
     """``function(x, c)`` with a random constant ``[C, 1, 1]`` of both signs, now and then with zeros."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], channels: int, *, zeros: bool = False):
+    def __init__(self, name: str, function: Callable[..., Tensor], channels: int, *, zeros: bool = False):
         super().__init__()
-        self.function = function
+        self.name, self.function = name, function
         value = 0.5 + torch.rand(channels, 1, 1)
         value = value * (torch.randint(0, 2, value.shape) * 2 - 1)
         if zeros:
             value[torch.rand(value.shape) < 0.2] = 0.0
         self.value = nn.Parameter(value)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {[round(v, 2) for v in self.value.flatten().tolist()]}"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, self.value)
@@ -48,11 +51,7 @@ def _conv(cin: int, cout: int, kernel: int, **geometry) -> nn.Conv2d:
     return nn.Conv2d(cin, cout, kernel, bias=bool(torch.rand(()) < 0.5), **geometry)
 
 
-def _apply(function: Callable[..., Tensor]) -> Callable[[Shape], nn.Module]:
-    return lambda shape: Apply(function)
-
-
-UNARY: dict[str, Callable[[Shape], nn.Module]] = {
+LAYERS: dict[str, Callable[[Shape], nn.Module]] = {
     "conv3x3": lambda s: _conv(s[0], 4, 3, padding=1),
     "conv1x1": lambda s: _conv(s[0], 4, 1),
     "conv_strided": lambda s: _conv(s[0], 6, 3, padding=1, stride=2),
@@ -61,22 +60,15 @@ UNARY: dict[str, Callable[[Shape], nn.Module]] = {
     "conv_depthwise": lambda s: _conv(s[0], s[0], 3, padding=2, dilation=2, groups=s[0]),
     "conv_transposed": lambda s: nn.ConvTranspose2d(s[0], 4, 2, stride=2, groups=2),
     "batch_norm": lambda s: nn.BatchNorm2d(s[0]),
-    "batch_norm_again": lambda s: nn.BatchNorm2d(s[0]),
     "relu": lambda s: nn.ReLU(),
-    "relu_in_place": lambda s: Apply(lambda x: F.relu_(x.clone())),
     "relu6": lambda s: nn.ReLU6(),
-    "clamp": _apply(lambda x: x.clamp(-0.5, 0.8)),
-    "clamp_min": _apply(lambda x: x.clamp_min(-0.3)),
     "leaky_relu": lambda s: nn.LeakyReLU(0.2),
     "prelu": lambda s: nn.PReLU(s[0]),
     "sigmoid": lambda s: nn.Sigmoid(),
-    "add_constant": lambda s: Constant(torch.add, s[0]),
-    "sub_from_constant": lambda s: Constant(lambda x, c: c - x, s[0]),
-    "mul_constant": lambda s: Constant(torch.mul, s[0], zeros=True),
-    "div_constant": lambda s: Constant(torch.div, s[0]),
-    "scale": _apply(lambda x: 0.7 * x),
-    "negate": _apply(torch.neg),
-    "double": _apply(lambda x: x + x),
+    "add_constant": lambda s: Constant("x + c", torch.add, s[0]),
+    "sub_from_constant": lambda s: Constant("c - x", lambda x, c: c - x, s[0]),
+    "mul_constant": lambda s: Constant("x * c", torch.mul, s[0], zeros=True),
+    "div_constant": lambda s: Constant("x / c", torch.div, s[0]),
     "dropout": lambda s: nn.Dropout(0.5),
     "avg_pool": lambda s: nn.AvgPool2d(2),
     "avg_pool_padded": lambda s: nn.AvgPool2d(3, 1, 1),
@@ -88,26 +80,38 @@ UNARY: dict[str, Callable[[Shape], nn.Module]] = {
     "zero_pad": lambda s: nn.ZeroPad2d((1, 0, 0, 1)),
     "constant_pad": lambda s: nn.ConstantPad2d(1, 0.4),
     "reflect_pad": lambda s: nn.ReflectionPad2d(1),
-    "pad_channels": _apply(lambda x: F.pad(x, (0, 0, 0, 0, 0, 2))),
-    "half": _apply(lambda x: x[:, : x.shape[1] // 2]),
     "shuffle": lambda s: Shuffle(2),
-    "transpose_twice": _apply(lambda x: x.permute(0, 2, 3, 1).flip(1).permute(0, 3, 1, 2)),
     "excite": lambda s: Gate(s[0], 2),
     "group_norm": lambda s: nn.GroupNorm(2, s[0]),
 }
 
-BINARY: dict[str, Callable[[], nn.Module]] = {
-    "add": lambda: Apply(torch.add),
-    "add_again": lambda: Apply(torch.add),
-    "sub": lambda: Apply(torch.sub),
-    "add_scaled": lambda: Apply(lambda x, y: torch.add(x, y, alpha=-0.6)),
-    "gate": lambda: Apply(lambda x, y: x * y.sigmoid()),
-    "mul": lambda: Apply(torch.mul),
-    "maximum": lambda: Apply(torch.maximum),
-    "cat": lambda: Apply(lambda x, y: torch.cat([x, y], 1)),
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu_in_place": lambda x: F.relu_(x.clone()),
+    "clamp": lambda x: x.clamp(-0.5, 0.8),
+    "clamp_min": lambda x: x.clamp_min(-0.3),
+    "scale": lambda x: 0.7 * x,
+    "negate": torch.neg,
+    "double": lambda x: x + x,
+    "pad_channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2)),
+    "half": lambda x: x[:, : x.shape[1] // 2],
+    "channels_last_and_back": lambda x: x.permute(0, 2, 3, 1).flip(1).permute(0, 3, 1, 2),
 }
 
-OPERATORS = [*UNARY, *BINARY]
+BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "add_scaled": lambda x, y: x - 0.6 * y,
+    "gate": lambda x, y: x * y.sigmoid(),
+    "mul": torch.mul,
+    "maximum": torch.maximum,
+    "cat": lambda x, y: torch.cat([x, y], 1),
+}
+
+# What networks are made of comes up as often as all the rest.
+OPERATORS = [*LAYERS, *FUNCTIONS, *BINARY, *("batch_norm", "conv3x3", "conv1x1", "relu", "add", "mul_constant") * 6]
+
+# How far back a step reads: mostly the latest value, so that programs are deep rather than wide.
+REACH = (0, 0, 0, 0, 0, 1, 1, 2, 3)
 
 
 class Program(nn.Module):
@@ -131,14 +135,14 @@ class Program(nn.Module):
 
     def _grow(self, step: Step, shapes: list[Shape]) -> None:
         name = OPERATORS[step.operator % len(OPERATORS)]
-        left = len(shapes) - 1 - step.left % min(len(shapes), 4)
+        left = max(len(shapes) - 1 - REACH[step.left % len(REACH)], 0)
         operands: tuple[int, ...] = (left,)
         if name in BINARY:
             fitting = [place for place in range(len(shapes)) if fits(name, shapes[left], shapes[place])]
             operands = (left, fitting[step.right % len(fitting)]) if fitting else (left,)
-            layer = BINARY[name]() if fitting else nn.ReLU()
+            layer = Apply(BINARY[name], name) if fitting else nn.ReLU()
         else:
-            layer = UNARY[name](shapes[left])
+            layer = LAYERS[name](shapes[left]) if name in LAYERS else Apply(FUNCTIONS[name], name)
         shape = result(layer, [shapes[place] for place in operands])
         if shape is None:
             layer, shape, operands = nn.ReLU(), shapes[left], (left,)

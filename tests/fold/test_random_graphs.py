@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import foldexport
@@ -23,7 +23,7 @@ def listing(program: Program) -> str:
     return "\n".join([*lines, f"returns {program.results}, head {program.head is not None}"])
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None,
+@settings(max_examples=120, deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(steps=STEPS, seed=st.integers(0, 2**16), head=st.booleans(), extra=st.booleans())
 def test_a_random_graph_folds_to_itself(steps: list[Step], seed: int, head: bool, extra: bool):

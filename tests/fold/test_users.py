@@ -97,7 +97,8 @@ def test_in_place_relu_and_addition_on_shared_values():
         y.mul_(2.0)
         return z, y
 
-    check(Network(forward, unit1=conv_bn(8, 8), unit2=conv_bn(8, 8)), conv=2, relu=2, add=1, mul=1)
+    # conv(y) + y is one convolution, and it takes half of the 2 y that is returned.
+    check(Network(forward, unit1=conv_bn(8, 8), unit2=conv_bn(8, 8)), conv=2, relu=2)
 
 
 def test_an_in_place_operator_on_a_view():
@@ -202,3 +203,10 @@ def test_prelu_behind_a_negative_scale_alone():
     act = nn.PReLU(8)
     flipped = Apply(lambda x: x * torch.tensor([1.0, -2.0] * 4, dtype=x.dtype)[:, None, None])
     check(chain(flip=flipped, act=act, conv=conv(8, 8)), prelu=1, conv=1)
+
+
+def test_an_addition_with_alpha():
+    def forward(net, x):
+        return torch.add(net.a(x), net.b(x.relu()), alpha=-0.6).relu()
+
+    check(Network(forward, a=conv_bn(8, 8), b=conv_bn(8, 8)), conv=2, relu=2, add=1)

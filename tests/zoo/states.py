@@ -11,7 +11,7 @@ from foldexport.zoo.diracnet_layouts import to_published
 
 
 def random_network(plan: Plan) -> DiracNet:
-    """Weights, alpha and beta, gamma of both signs, means and variances all drawn, so that no term of the equations is blind."""
+    """Weights, alpha, beta, gamma of both signs, means and variances all drawn: no term of the equations is blind."""
     network = DiracNet(plan).eval()
     with torch.no_grad():
         for key, tensor in network.state_dict().items():

@@ -28,8 +28,9 @@ def test_unfolded_files_are_recognised(variant, layout):
     assert found.module.plan == plan
     assert not found.module.training
     assert found.name == "DiracNet"
-    assert f"v{plan.version}, {plan.dataset}, depth {plan.depth}, width {plan.width:g}, {plan.num_classes} classes, unfolded" \
-        in found.description
+    width, classes = f"width {plan.width:g}", f"{plan.num_classes} classes"
+    facts = ("DiracNet v" + str(plan.version), plan.dataset, f"depth {plan.depth}", width, classes, "unfolded")
+    assert found.description == ", ".join(facts)
     x = torch.randn(size_of(plan))
     with torch.no_grad():
         assert torch.equal(found.module(x), network(x))
@@ -95,7 +96,8 @@ def test_num_batches_tracked_may_be_there(tensors, batches):
 def test_deltas_may_be_absent_and_are_made(tensors):
     found = zoo.identify({key: tensor for key, tensor in tensors.items() if not key.startswith("eye")})
     assert torch.equal(found.module.features.group1.block0.conv.delta, tensors["eye16_8_3_3"])
-    assert found.notes == ["deltas that the file lacks were made: eye16_16_3_3, eye16_8_3_3, eye32_16_3_3, eye32_32_3_3, eye8_8_3_3"]
+    made = "eye16_16_3_3, eye16_8_3_3, eye32_16_3_3, eye32_32_3_3, eye8_8_3_3"
+    assert found.notes == [f"deltas that the file lacks were made: {made}"]
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -124,29 +126,66 @@ def without(tensors, *names):
     return {key: tensor for key, tensor in tensors.items() if key not in names}
 
 
+def nan_at_3(tensor):
+    return tensor.clone().index_fill_(0, torch.tensor(3), torch.nan)
+
+
+# What is done to the tensors of a good file, and words of the report.
 MISFITS = {
-    "missing": (lambda t: without(t, "bn.bias", "group1.block1.conv", "group0.block1.alpha"),
-                ["3 missing: bn.bias, group0.block1.alpha, group1.block1.conv"]),
-    "the last block's weight": (lambda t: without(t, "group2.block1.conv"), ["1 missing: group2.block1.conv"]),
-    "the stem": (lambda t: without(t, "conv"), ["1 missing: conv"]),
-    "surplus": (lambda t: {**t, "head.weight": torch.ones(2), "eye9_9_3_3": torch.ones(9, 9, 3, 3), "bn.gain": torch.ones(8)},
-                ["3 surplus: head.weight, eye9_9_3_3, bn.gain"]),
-    "many": (lambda t: {k: v for k, v in t.items() if "block0.bn" not in k}, ["12 missing: ", " and 7 more"]),
-    "shape": (lambda t: {**t, "group0.block1.conv": torch.ones(8, 7, 3, 3)},
-              ["1 of another shape: group0.block1.conv is [8, 7, 3, 3], wanted [8, 8, 3, 3]"]),
+    "missing": (
+        lambda t: without(t, "bn.bias", "group1.block1.conv", "group0.block1.alpha"),
+        ["3 missing (bn.bias, group0.block1.alpha, group1.block1.conv)."],
+    ),
+    "last weight": (lambda t: without(t, "group2.block1.conv"), ["1 missing (group2.block1.conv)", "--arch"]),
+    "stem": (lambda t: without(t, "conv"), ["1 missing (conv)"]),
+    "surplus": (
+        lambda t: {**t, "head.weight": torch.ones(2), "eye9_9_3_3": torch.ones(9, 9, 3, 3), "bn.gain": torch.ones(8)},
+        ["3 surplus (head.weight, eye9_9_3_3, bn.gain)"],
+    ),
+    "many": (lambda t: {k: v for k, v in t.items() if "block0.bn" not in k}, ["12 missing (", " and 7 more)"]),
+    "shape": (
+        lambda t: {**t, "group0.block1.conv": torch.ones(8, 7, 3, 3)},
+        ["1 of another shape (group0.block1.conv is [8, 7, 3, 3], wanted [8, 8, 3, 3]"],
+    ),
     "classes": (lambda t: {**t, "fc.bias": torch.ones(9)}, ["fc.bias is [9], wanted [10]"]),
-    "stem of the other data set": (lambda t: {**t, "conv": torch.ones(8, 3, 7, 7)}, ["conv is [8, 3, 7, 7], wanted [8, 3, 3, 3]"]),
-    "delta": (lambda t: {**t, "eye8_8_3_3": torch.ones(8)}, ["1 of another shape: eye8_8_3_3 is [8], wanted [8, 8, 3, 3]"]),
-    "integers": (lambda t: {**t, "fc.weight": torch.ones(10, 32, dtype=torch.int8)}, ["1 not floating point: fc.weight is int8"]),
-    "nan": (lambda t: {**t, "group1.block0.beta": t["group1.block0.beta"].clone().index_fill_(0, torch.tensor(3), torch.nan)},
-            ["group1.block0.beta", "nan", "[3]"]),
+    "stem of the other data set": (
+        lambda t: {**t, "conv": torch.ones(8, 3, 7, 7)},
+        ["conv is [8, 3, 7, 7], wanted [8, 3, 3, 3]"],
+    ),
+    "delta": (
+        lambda t: {**t, "eye8_8_3_3": torch.ones(8)},
+        ["1 of another shape (eye8_8_3_3 is [8], wanted [8, 8, 3, 3]"],
+    ),
+    "integers": (
+        lambda t: {**t, "fc.weight": torch.ones(10, 32, dtype=torch.int8)},
+        ["1 not floating point (fc.weight is int8)"],
+    ),
+    "nan": (
+        lambda t: {**t, "group1.block0.beta": nan_at_3(t["group1.block0.beta"])},
+        ["group1.block0.beta", "nan", "[3]"],
+    ),
     "infinite": (lambda t: {**t, "bn.weight": torch.full((8,), torch.inf)}, ["bn.weight", "inf"]),
-    "negative variance": (lambda t: {**t, "group2.block0.bn.running_var": torch.linspace(1, -0.01, 32)},
-                          ["group2.block0.bn.running_var is negative", "channel 31"]),
-    "a group": (lambda t: {k: v for k, v in t.items() if not k.startswith("group1")}, ["groups 0, 2", "0 to 2 (CIFAR)"]),
-    "flat convolutions": (lambda t: {**t, "group0.block0.conv": torch.ones(8), "group0.block1.conv": torch.ones(8)},
-                          ["groups 1, 2"]),
-}  # fmt: skip
+    "negative variance": (
+        lambda t: {**t, "group2.block0.bn.running_var": torch.linspace(1, -0.01, 32)},
+        ["group2.block0.bn.running_var is negative", "channel 31"],
+    ),
+    "group": (
+        lambda t: {k: v for k, v in t.items() if not k.startswith("group1")},
+        ["groups 0, 2", "0 to 2 (CIFAR)"],
+    ),
+    "everything at once": (
+        lambda t: {**without(t, "bn.bias"), "x": torch.ones(1), "fc.bias": torch.ones(3)},
+        ["1 missing (bn.bias); 1 surplus (x); 1 of another shape (fc.bias is [3], wanted [10])."],
+    ),
+    "a block number that no file has": (
+        lambda t: {**t, "group0.block99999999.conv": torch.ones(8, 8, 3, 3)},
+        ["tensors are not 100000004 blocks"],
+    ),
+    "flat convolutions": (
+        lambda t: {**t, "group0.block0.conv": torch.ones(8), "group0.block1.conv": torch.ones(8)},
+        ["groups 1, 2"],
+    ),
+}
 
 
 @pytest.mark.parametrize("damage, words", MISFITS.values(), ids=MISFITS)
@@ -192,7 +231,7 @@ def test_arch_asks_one_family_and_its_arguments_overrule(tensors):
     assert zoo.identify(tensors, arch="diracnet").module.plan.depth == 10
     asked = zoo.identify(tensors, arch="diracnet", arch_args={"depth": 10, "width": 0.5})
     assert "asked for: depth=10, width=0.5" in asked.reason
-    with pytest.raises(CheckpointError, match="missing: group0.block2.conv"):
+    with pytest.raises(CheckpointError, match="missing .group0.block2.conv"):
         zoo.identify(tensors, arch="diracnet", arch_args={"depth": 16})
     with pytest.raises(CheckpointError, match="no DiracNet"):
         zoo.identify({"x": torch.ones(1)}, arch="diracnet")

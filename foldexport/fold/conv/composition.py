@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from foldexport.fold.conv.layout import inputs_first, outputs_first, regrouped, untransposed
-from foldexport.fold.conv.value import Conv
+from foldexport.fold.conv.value import Conv, Cost, cost
 
 
 def compose(first: Conv, second: Conv) -> Conv:
@@ -20,33 +21,52 @@ def compose(first: Conv, second: Conv) -> Conv:
 
     stride ``s1·s2``, lo ``lo1 + s1·lo2``, hi ``hi1 + s1·hi2``; d is the coarsest step that holds all taps.
 
-    Raises ValueError where it would not be exact: the second pads zeros where the first has more than one tap or a bias;
-    or one is transposed and the other not 1x1.
+    Raises ValueError where it would not be exact: the second pads zeros where the first has more than one tap or a
+    bias; or one is transposed and the other not 1x1.
     """
     first, second = untransposed(first), untransposed(second)
+    frame, steps = _frame(first, second)
+    weight = _product(first, second, frame.groups, steps)
+    if frame.transposed:
+        weight = inputs_first(weight, frame.groups)
+    return replace(frame, weight=weight, bias=_composed_bias(first, second))
+
+
+def composed_cost(first: Conv, second: Conv, spatial_in: Sequence[int]) -> Cost:
+    """The cost of ``compose(first, second)``, without its weights; raises ValueError as it does."""
+    return cost(_frame(untransposed(first), untransposed(second))[0], spatial_in)
+
+
+def _frame(first: Conv, second: Conv) -> tuple[Conv, list[tuple[int, int]]]:
+    """The composition without weights and bias, and the steps of both kernels' taps on its grid."""
     _check_composition(first, second)
     groups = math.gcd(first.groups, second.groups)
     if first.transposed or second.transposed:
         wide = first if first.transposed else second
-        weight = inputs_first(_product(first, second, groups, [(1, 1)] * wide.spatial_rank), groups)
-        geometry = {"stride": wide.stride, "dilation": wide.dilation, "padding": wide.padding}
-        return Conv(weight, _composed_bias(first, second), groups=groups, transposed=True,
-                    output_padding=wide.output_padding, **geometry)  # fmt: skip
-    grids, steps = [], []
+        shape = (first.in_channels, second.out_channels // groups, *wide.kernel_size)
+        frame = replace(wide, weight=_unwritten(shape), bias=None, groups=groups, in_scale=None, out_scale=None)
+        return frame, [(1, 1)] * wide.spatial_rank
+    grids, steps, kernel = [], [], []
     for axis, stride in enumerate(first.stride):
         step1, step2 = first.dilation[axis], second.dilation[axis] * stride
-        used = [step1] * (first.kernel_size[axis] > 1) + [step2] * (second.kernel_size[axis] > 1)
-        grids.append(math.gcd(*used) or 1)
-        steps.append((max(1, step1 // grids[-1]), max(1, step2 // grids[-1])))
+        reach1, reach2 = first.reach[axis], second.reach[axis] * stride
+        grid = math.gcd(*[step1] * (reach1 > 0), *[step2] * (reach2 > 0)) or 1
+        grids.append(grid)
+        steps.append((max(1, step1 // grid), max(1, step2 // grid)))
+        kernel.append(1 + (reach1 + reach2) // grid)
     axes = zip(first.padding, second.padding, first.stride, strict=True)
-    return Conv(
-        weight=_product(first, second, groups, steps),
-        bias=_composed_bias(first, second),
+    frame = Conv(
+        weight=_unwritten((second.out_channels, first.in_channels // groups, *kernel)),
         stride=tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True)),
         dilation=tuple(grids),
         padding=tuple((lo1 + s1 * lo2, hi1 + s1 * hi2) for (lo1, hi1), (lo2, hi2), s1 in axes),
         groups=groups,
     )
+    return frame, steps
+
+
+def _unwritten(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float64, device="meta")
 
 
 def _check_composition(first: Conv, second: Conv) -> None:
@@ -55,7 +75,7 @@ def _check_composition(first: Conv, second: Conv) -> None:
     if first.transposed or second.transposed:
         other = second if first.transposed else first
         if not other.is_pointwise:
-            raise ValueError(f"{other!r} is not 1x1 with stride 1; only such a convolution merges with a transposed one")
+            raise ValueError(f"{other!r} is not 1x1 with stride 1, so it does not merge with a transposed one")
     if not second.pads_zeros:
         return
     if first.bias is not None and bool(first.bias.any()):

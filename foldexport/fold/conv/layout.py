@@ -13,11 +13,16 @@ def regrouped(weight: Tensor, before: int, after: int) -> Tensor:
     """``[R, C/before, *k]`` as block-diagonal ``[R, C/after, *k]``; ``after`` divides ``before``."""
     if before == after:
         return weight
+    wide = weight.new_zeros(weight.shape[0], weight.shape[1] * (before // after), *weight.shape[2:])
+    add_blocks(wide, weight, before, after)
+    return wide
+
+
+def add_blocks(wide: Tensor, weight: Tensor, before: int, after: int) -> None:
+    """Add ``[R, C/before, *k]`` to the diagonal blocks of ``wide`` ``[R, C/after, *k]`` in place."""
     parts = before // after
-    rows, columns, kernel = weight.shape[0] // before, weight.shape[1], weight.shape[2:]
-    blocks = weight.new_zeros(after, parts, rows, parts, columns, *kernel)
-    blocks.diagonal(dim1=1, dim2=3).copy_(weight.reshape(after, parts, rows, columns, *kernel).movedim(1, -1))
-    return blocks.reshape(weight.shape[0], parts * columns, *kernel)
+    blocks = wide.unflatten(1, (parts, -1)).unflatten(0, (after, parts, -1)).diagonal(dim1=1, dim2=3)
+    blocks += weight.unflatten(0, (after, parts, -1)).movedim(1, -1)
 
 
 def outputs_first(conv: Conv) -> Tensor:

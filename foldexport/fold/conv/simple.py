@@ -13,7 +13,7 @@ from foldexport.fold.conv.value import Conv
 
 
 def identity(channels: int, spatial_rank: int, stride: int | Sequence[int] = 1) -> Conv:
-    """The Dirac convolution ``y = x`` (every ``stride``-th position): 1x1, depthwise; a unit matrix for a linear layer."""
+    """``y = x`` at every ``stride``-th position: a depthwise 1x1 Dirac kernel; for a linear layer a unit matrix."""
     if spatial_rank == 0:
         return Conv(torch.eye(channels, dtype=torch.float64))
     weight = torch.ones(channels, 1, *(1,) * spatial_rank, dtype=torch.float64)

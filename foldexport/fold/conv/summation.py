@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from foldexport.fold.conv.layout import regrouped, untransposed
-from foldexport.fold.conv.value import Conv
+from foldexport.fold.conv.layout import add_blocks, untransposed
+from foldexport.fold.conv.value import Conv, Cost, cost
 
 
 def add(a: Conv, b: Conv) -> Conv:
@@ -20,22 +21,45 @@ def add(a: Conv, b: Conv) -> Conv:
 
     Raises ValueError where strides, output sizes or channels differ.
     """
+    a, b = _alike(a, b)
+    frame, windows = _frame(a, b)
+    weight = torch.zeros(frame.weight.shape, dtype=torch.float64)
+    for conv in (a, b):
+        places = [_places(conv, axis, *windows[axis][:2]) for axis in range(conv.spatial_rank)]
+        add_blocks(weight[(slice(None), slice(None), *places)], conv.dense(), conv.groups, frame.groups)
+    bias = b.bias if a.bias is None else a.bias if b.bias is None else a.bias + b.bias
+    return replace(frame, weight=weight, bias=bias)
+
+
+def added_cost(a: Conv, b: Conv, spatial_in: Sequence[int]) -> Cost:
+    """The cost of ``add(a, b)``, without its weights; raises ValueError as it does."""
+    return cost(_frame(*_alike(a, b))[0], spatial_in)
+
+
+def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
+    """Both as ordinary convolutions where that makes them, or leaves them, of one kind."""
     plain = untransposed(a), untransposed(b)
-    if plain[0].transposed == plain[1].transposed:
-        a, b = plain
+    return plain if plain[0].transposed == plain[1].transposed else (a, b)
+
+
+def _frame(a: Conv, b: Conv) -> tuple[Conv, list[tuple[int, int, int]]]:
+    """The sum without weights and bias, and the window of its taps on every axis."""
     _check_sum(a, b)
     groups = math.gcd(a.groups, b.groups)
     windows = [_merge_axis(a, b, axis) for axis in range(a.spatial_rank)]
-    kernel = [size for _, _, size in windows]
     rows, columns = (a.in_channels, a.out_channels) if a.transposed else (a.out_channels, a.in_channels)
-    weight = torch.zeros(rows, columns // groups, *kernel, dtype=torch.float64)
-    for conv in (a, b):
-        places = [_places(conv, axis, *windows[axis][:2]) for axis in range(conv.spatial_rank)]
-        weight[(slice(None), slice(None), *places)] += regrouped(conv.dense(), conv.groups, groups)
-    bias = b.bias if a.bias is None else a.bias if b.bias is None else a.bias + b.bias
+    shape = (rows, columns // groups, *(size for _, _, size in windows))
     padding, extra = _sum_padding(a, windows)
-    dilation = tuple(step for _, step, _ in windows)
-    return Conv(weight, bias, a.stride, dilation, padding, groups, a.transposed, extra)
+    frame = Conv(
+        weight=torch.empty(shape, dtype=torch.float64, device="meta"),
+        stride=a.stride,
+        dilation=tuple(step for _, step, _ in windows),
+        padding=padding,
+        groups=groups,
+        transposed=a.transposed,
+        output_padding=extra,
+    )
+    return frame, windows
 
 
 def _check_sum(a: Conv, b: Conv) -> None:

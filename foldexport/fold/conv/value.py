@@ -23,8 +23,8 @@ class Conv:
     Transposed, x[n, i, p] is spread over y[n, ·, p·stride + k·dilation − lo] instead, and ``hi`` is cropped, less
     ``output_padding``. Sources: torch.nn.Conv2d, torch.nn.ConvTranspose2d.
 
-    weight: as stored by the user, in any float type: ``[Cout, Cin/G, *k]``, or transposed ``[Cin, Cout/G, *k]``. Without
-        spatial axes, ``[out, in]``, it is a linear layer, whose channels are the last axis of x.
+    weight: as stored by the user, in any float type: ``[Cout, Cin/G, *k]``, or transposed ``[Cin, Cout/G, *k]``.
+        Without spatial axes, ``[out, in]``, it is a linear layer, whose channels are the last axis of x.
     bias: float64 ``[Cout]`` in final units, or None.
     padding: ``(lo, hi)`` for each spatial axis; a negative one crops the input.
     in_scale, out_scale: float64 ``[Cin]``, ``[Cout]``, factors that wait to be multiplied into the weights, once, by
@@ -95,7 +95,7 @@ class Conv:
 
     @property
     def excess(self) -> tuple[int, ...]:
-        """What decides the output size: ``lo + hi − reach − 1``, transposed ``reach + 1 − lo − hi + output_padding``."""
+        """What sets the output size: ``lo + hi − reach − 1``, transposed ``reach + 1 − lo − hi + output_padding``."""
         if self.transposed:
             return tuple(reach + 1 - lo - hi for reach, (lo, hi) in zip(self.reach, self.cropped, strict=True))
         return tuple(lo + hi - reach - 1 for reach, (lo, hi) in zip(self.reach, self.padding, strict=True))
@@ -187,7 +187,7 @@ class Conv:
         return replace(self, **{name: factor if before is None else before * factor})
 
     def response(self, t: Tensor) -> Tensor:
-        """``Σ_{i,k} W[o, i, k]·t[i]``, float64 ``[Cout]``: the answer to a constant input, away from padding, less b."""
+        """``Σ_{i,k} W[o, i, k]·t[i]``, float64 ``[Cout]``: what a constant input t adds to b, away from padding."""
         if self.in_scale is not None:
             t = t * self.in_scale
         rows = self.weight.shape[0]
@@ -225,7 +225,8 @@ class Conv:
             return F.linear(x, weight, self.bias)
         if not self.transposed:
             run = (F.conv1d, F.conv2d, F.conv3d)[self.spatial_rank - 1]
-            return run(F.pad(x, _pad_order(self.padding)), weight, self.bias, self.stride, 0, self.dilation, self.groups)
+            x = F.pad(x, _pad_order(self.padding))
+            return run(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial_rank - 1]
         full = run(x, weight, None, self.stride, 0, 0, self.groups, self.dilation)
         y = F.pad(full, [-cut for cut in _pad_order(self.cropped)])

@@ -61,7 +61,7 @@ TRANSFER = {
     "upsample_trilinear3d": pool.resample,
     "pad": pool.pad,
     "constant_pad_nd": pool.pad,
-    "pad_border": pool.pad,
+    "slice_scatter": pool.border,
     "reflection_pad1d": pool.resample,
     "reflection_pad2d": pool.resample,
     "reflection_pad3d": pool.resample,

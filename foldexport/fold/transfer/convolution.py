@@ -107,16 +107,16 @@ def absorb(fold: Fold, node: fx.Node, source: fx.Node, conv: Conv, axis: int, sh
     """Emit ``conv`` with the pending affine of its operand folded in, merged with what is linear in front of it."""
     pending = fold.pending(source)
     merged = merge_composition(pending, conv)
-    if merged is not None:
-        stored = _emit(fold, node, *merged[:2], shared=None)
-        names = [name for name in merged[2] if name]
+    if merged.conv is not None:
+        names = [name for name in merged.labels if name]
         entry = fold.ledger.note(("compose", node), ", ".join(names) or fold.label(node), "merge by composition")
         entry.into = fold.label(node)
         fold.absorbed(pending.carried, fold.label(node))
-        fold.put(node, stored)
+        fold.put(node, _emit(fold, node, merged.source, merged.conv, shared=None))
         return
-    moved = _behind_upsample(fold, node, pending, conv)
-    if moved:
+    if merged.refusal:
+        fold.ledger.kept(("compose", node), fold.label(node), "merge by composition", merged.refusal)
+    if _behind_upsample(fold, node, pending, conv):
         return
     label = fold.label(node)
     if conv.pads_zeros:

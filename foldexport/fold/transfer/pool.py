@@ -105,11 +105,10 @@ def _with_convolution(fold: Fold, node: fx.Node, source: fx.Node, pending: Pendi
     if not pooling.is_convolution(node) or not pending.stored.open or pending.stored.kind != "conv":
         return False
     merged = merge_composition(pending, pool_as_conv(node, shape_of(source)[1]))
-    if merged is None:
+    if merged.conv is None:
         return False
-    below, conv, labels = merged
-    stored = fold.emit(node, "conv", [below], conv=conv, shared=None)
-    stored.module, stored.op = next((name for name in reversed(labels) if name), stored.module), "conv"
+    stored = fold.emit(node, "conv", [merged.source], conv=merged.conv, shared=None)
+    stored.module, stored.op = next((name for name in reversed(merged.labels) if name), stored.module), "conv"
     entry = fold.ledger.note(node, fold.label(node), "merge by composition")
     entry.into = stored.module or stored.name
     fold.absorbed(pending.carried, entry.into)
@@ -197,10 +196,16 @@ def pad(fold: Fold, node: fx.Node) -> bool:
     sides = [(pads[2 * i], pads[2 * i + 1]) for i in range(len(pads) // 2)][::-1]
     axes = tuple(range(rank - len(sides), rank))
     padded = [axis for axis, side in zip(axes, sides, strict=True) if any(side)]
-    value = args.get("value")
-    if isinstance(value, fx.Node):  # a border constant per channel, from a batch norm that was told to pad
-        value = fold.constants.value(value)
-    return _pad_constant(fold, node, source, sides, padded, 0.0 if value is None else value)
+    return _pad_constant(fold, node, source, sides, padded, args.get("value") or 0.0)
+
+
+def border(fold: Fold, node: fx.Node) -> bool:
+    """The end of a zero pad whose border was overwritten by one constant per channel (see foldexport.fold.borders)."""
+    found = fold.analysis.borders.get(node)
+    if found is None:
+        return False
+    padded = [axis + 2 for axis, side in enumerate(found.sides) if any(side)]
+    return _pad_constant(fold, node, found.source, list(found.sides), padded, found.value)
 
 
 def _pad_by_copies(fold: Fold, node: fx.Node, source: fx.Node) -> bool:

@@ -156,45 +156,44 @@ def split(fold: Fold, node: fx.Node) -> bool:
 
 
 def channel_shuffle(fold: Fold, node: fx.Node) -> bool:
-    """channel_shuffle: a permutation of the channels."""
-    return _by_marking(fold, node, space_moves=False)
+    """channel_shuffle: a permutation of the channels, undone by shuffling with C/g groups."""
+    groups = bound(node)["groups"]
+    channels = shape_of(node)[1]
+    return _moved(fold, node, lambda a: mapping.channel_shuffle(a, groups),
+                  lambda a: mapping.channel_shuffle(a, channels // groups))  # fmt: skip
 
 
 def pixel_shuffle(fold: Fold, node: fx.Node) -> bool:
     """pixel_shuffle and pixel_unshuffle: equal factors within each group of channels that share a pixel."""
-    return _by_marking(fold, node, space_moves=True)
+    args = bound(node)
+    if name_of(node) == "pixel_shuffle":
+        factor = args["upscale_factor"]
+        return _moved(fold, node, lambda a: mapping.pixel_shuffle(a, factor), lambda a: mapping.pixel_unshuffle(a, factor))
+    factor = args["downscale_factor"]
+    return _moved(fold, node, lambda a: mapping.pixel_unshuffle(a, factor), lambda a: mapping.pixel_shuffle(a, factor))
 
 
-def _by_marking(fold: Fold, node: fx.Node, space_moves: bool) -> bool:
-    """Send the affine through the operator itself on a small tensor and see whether it is constant over space."""
-    source, args = _source(node), bound(node)
+def _moved(fold: Fold, node: fx.Node, forth, back) -> bool:
+    """A view that moves channels: the affine goes forth with it, a change of the result goes back."""
+    source = _source(node)
     if not fold.is_variable(source):
         return False
     pending = fold.pending(source)
-    affine = pending.affine
-    if any(axis != 1 for axis in affine.axes()):
+    if any(axis != 1 for axis in pending.affine.axes()):
         pending = _exact(fold, node, pending)
-        affine = pending.affine
-    mapped = _send(node, args, affine, shape_of(source)[1])
-    if mapped is None:
+    affine = forth(_channelwise(pending.affine, shape_of(source)[1]))
+    if affine is None:
         pending = _exact(fold, node, pending)
-        mapped = Affine.identity(pending.stored.rank)
-    none = lambda change: change if change.is_identity else None  # noqa: E731
-    _put_view(fold, node, source, pending, mapped, none)
+        affine = Affine.identity(pending.stored.rank)
+
+    def unmap(change: Affine) -> Affine | None:
+        return None if any(axis != 1 for axis in change.axes()) else back(_channelwise(change, shape_of(node)[1]))
+
+    _put_view(fold, node, source, pending, affine, unmap)
     return True
 
 
-def _send(node: fx.Node, args: dict, affine: Affine, channels: int) -> Affine | None:
-    if affine.is_identity:
-        return affine
-    rest = [value for key, value in args.items() if key not in ("self", "input")]
-    side = max([value for value in rest if isinstance(value, int)], default=1)
-    halves = []
-    for half in _halves(affine):
-        small = half.expand(1, channels, *half.shape[2:]).expand(1, channels, *([side] * (half.dim() - 2))).contiguous()
-        sent = node.target(small, *rest)
-        flat = sent.flatten(2)
-        if not bool((flat == flat[:, :, :1]).all()):
-            return None
-        halves.append(flat[:, :, :1].reshape((1, -1) + (1,) * (half.dim() - 2)))
-    return Affine(*halves)
+def _channelwise(affine: Affine, channels: int) -> Affine:
+    """Written out along the channels."""
+    scale, shift = affine.vector(1, channels)
+    return Affine.of_vectors(scale, shift, 1, affine.rank)

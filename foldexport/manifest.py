@@ -1,0 +1,168 @@
+"""``NAME.manifest.json``: what an export was made from, what was proved, and the golden inputs to prove it again elsewhere.
+
+Keys have one order and nothing in it depends on the day, the folder or the user; ``seconds`` alone differ between runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foldexport import __version__
+from foldexport.artifact import Artifact
+from foldexport.errors import UsageError
+from foldexport.exporters.options import ExportOptions
+from foldexport.reference import Reference
+from foldexport.study import Question, Study
+from foldexport.trace import Graph
+
+SCHEMA = 1
+PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")
+NEEDED = ("foldexport", "checkpoint", "artifacts", "golden")
+
+
+def build(
+    question: Question,
+    study: Study,
+    artifacts: Sequence[Artifact],
+    reference: Reference,
+    options: ExportOptions,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """The manifest as plain values; artifacts are named relative to it."""
+    inputs, outputs = interface(study.graph, study.example, options)
+    return plain({
+        "foldexport": {"version": __version__, "schema": SCHEMA},
+        "command": [without_folders(word) for word in command],
+        **describe(question, study),
+        "inputs": inputs,
+        "outputs": outputs,
+        "artifacts": [artifact_record(each) for each in artifacts],
+        "golden": reference.golden,
+        "versions": versions(),
+        "seconds": {name: round(value, 3) for name, value in study.seconds.items()},
+    })  # fmt: skip
+
+
+def describe(question: Question, study: Study) -> dict[str, Any]:
+    """What was found in the checkpoint and what the fold did: the part that ``inspect`` shows too."""
+    network = study.network
+    certificate = study.certificate.to_dict() if study.certificate else None
+    (certificate or {}).pop("seconds", None)
+    return plain({
+        "checkpoint": network.source,
+        "architecture": {
+            "name": network.name, "description": network.description, "recognised_by": without_folders(network.reason),
+            "arch": without_folders(question.arch) if question.arch else None, "arch_args": question.arch_args,
+            "num_classes": network.num_classes, "notes": network.notes,
+        },
+        "preprocessing": network.preprocessing,
+        "costs": {"before": study.before.to_dict(), "after": study.after.to_dict() if study.after else None},
+        "evaluated": study.evaluated,
+        "ledger": study.ledger.to_list() if study.ledger is not None else None,
+        "certificate": certificate,
+    })  # fmt: skip
+
+
+def artifact_record(artifact: Artifact) -> dict[str, Any]:
+    """One artifact: its files with digests and sizes, what the exporter noted, and the proof."""
+    names = sorted(artifact.sha256, key=lambda name: (name != artifact.path.name, name))
+    return {
+        "format": artifact.format,
+        "file": artifact.path.name,
+        "files": [{"name": name, "sha256": artifact.sha256[name], "size_bytes": artifact.size_bytes[name]} for name in names],
+        "notes": artifact.notes,
+        "comparison": artifact.comparison.to_dict() if artifact.comparison else None,
+    }
+
+
+def interface(graph: Graph, example: tuple, options: ExportOptions) -> tuple[list[dict], list[dict]]:
+    """Names, shapes and types of inputs and outputs; a free axis has its name for its length."""
+    tensors = [value for value in example if isinstance(value, Tensor)]
+    inputs = []
+    for name, value in zip(options.names("input", len(tensors)), tensors, strict=True):
+        axes = options.dynamic_axes(value.shape)
+        shape = [axes.get(axis, size) for axis, size in enumerate(value.shape)]
+        inputs.append({"name": name, "shape": shape, "type": _type(value)})
+    leaves = [getattr(leaf, "meta", {}).get("val") for leaf in graph.fx.output_node().args[0]]
+    leaves = [value for value in leaves if isinstance(value, Tensor)]
+    batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+    outputs = [
+        {"name": name, "shape": [_size(size, options, batch) for size in value.shape], "type": _type(value)}
+        for name, value in zip(options.names("output", len(leaves)), leaves, strict=True)
+    ]
+    return inputs, outputs
+
+
+def _size(size: Any, options: ExportOptions, batch: int) -> int | str:
+    """A number, or an expression in the batch; in height and width outputs are described at the example's."""
+    if isinstance(size, int):
+        return size
+    if "batch" in options.dynamic:
+        return re.sub(r"\bs\d+\b", "batch", str(size))
+    return batch if re.fullmatch(r"s\d+", str(size)) else str(size)
+
+
+def _type(value: Tensor) -> str:
+    """Floats are float32 in every artifact."""
+    return "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine's kind and the packages that took part."""
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def without_folders(word: str) -> str:
+    """The word with every path in it cut to its last part: ``--arch=/home/me/net.py:Net`` → ``--arch=net.py:Net``."""
+    return re.sub(rf"[^\s=:,]*{re.escape(os.sep)}+([^\s=:,{re.escape(os.sep)}]+){re.escape(os.sep)}?", r"\1", word)
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types: tuples as lists, what is not finite as text, anything else as its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """JSON text, indented, ending with a newline."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The manifest at ``path``. Raises UsageError for a file that is none, or is of a later foldexport."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file; wanted NAME.manifest.json, which an export leaves.") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); wanted NAME.manifest.json.") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UsageError(f"{path}: is not a manifest (no JSON: {str(error)[:80]}); wanted NAME.manifest.json.") from error
+    missing = [key for key in NEEDED if key not in document] if isinstance(document, dict) else list(NEEDED)
+    if missing:
+        raise UsageError(f"{path}: is not a manifest of foldexport (it has no {', '.join(missing)}); wanted NAME.manifest.json.")
+    if document["foldexport"].get("schema", 0) > SCHEMA:
+        written = document["foldexport"].get("version")
+        raise UsageError(f"{path}: was written by foldexport {written}, which is newer than this one ({__version__}): upgrade it.")
+    return document

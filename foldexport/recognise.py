@@ -1,0 +1,147 @@
+"""A checkpoint file → the network in it, in eval mode, and how it was recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foldexport import checkpoint, zoo
+from foldexport.arch import load_arch, load_weights
+from foldexport.checkpoint import Checkpoint
+from foldexport.checkpoint.tensors import HALF_TYPES
+from foldexport.errors import CheckpointError
+
+
+@dataclass(eq=False)
+class Network:
+    """A network with a checkpoint's weights, in eval mode.
+
+    name, description: "DiracNet", "DiracNet v2, CIFAR, depth 16, …".   reason: what gave it away.
+    input_shapes: of its inputs, batch first; empty where nothing says.   preprocessing: under timm's field names.
+    notes: what was taken, changed or filled in, in the order of the work.   source: facts of the file, for the record.
+    """
+
+    module: nn.Module
+    name: str
+    description: str
+    reason: str
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    num_classes: int | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def recognise(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    use_ema: bool | None = None,
+) -> Network:
+    """The network that the file holds: recognised by keys and shapes, or built by ``arch``.
+
+    arch: a name of the zoo, ``package.module:callable`` or ``path/file.py:callable``; arch_args: its arguments.
+
+    Raises CheckpointError (the file cannot be read safely, is not recognised, does not fit, is damaged) and UsageError
+    (an ``arch`` that cannot be used).
+    """
+    read = checkpoint.read(path, trust_pickle=trust_pickle, use_ema=use_ema)
+    if arch and ":" in arch:
+        network = _built(read, arch, dict(arch_args or {}))
+    else:
+        network = _known(read, arch, dict(arch_args or {}))
+    network.notes[:0] = read.notes
+    network.source = _facts(read)
+    return network
+
+
+def _known(read: Checkpoint, arch: str | None, arch_args: dict[str, Any]) -> Network:
+    """A network of the zoo, or the one that the file itself holds."""
+    try:
+        found = zoo.identify(read.tensors, read.metadata, arch=arch, arch_args=arch_args, source=str(read.path))
+    except CheckpointError:
+        if read.module is None or arch or isinstance(read.module, torch.jit.ScriptModule):
+            raise
+        return _held(read)
+    return Network(
+        found.module, found.name, found.description, found.reason, (tuple(found.input_shape),), found.num_classes,
+        found.preprocessing, list(found.notes),
+    )  # fmt: skip
+
+
+def _held(read: Checkpoint) -> Network:
+    """The network that was pickled whole, or exported, into the file."""
+    kind = type(read.module).__name__
+    checkpoint.check_finite(read.tensors, read.path)
+    checkpoint.check_running_var(read.tensors, read.path)
+    module, notes = _evaluating(read.module)
+    return Network(module, kind, f"{kind}, as the file holds it", f"the {read.format} holds the network itself",
+                   _stated_shapes(read), notes=notes)  # fmt: skip
+
+
+def _built(read: Checkpoint, arch: str, arch_args: dict[str, Any]) -> Network:
+    """The network of the user's own code, with the weights of the file."""
+    module = load_arch(arch, arch_args)
+    notes = load_weights(module, read.tensors, read.path)
+    checkpoint.check_finite(read.tensors, read.path)
+    checkpoint.check_running_var(read.tensors, read.path)
+    module, more = _evaluating(module)
+    kind = type(module).__name__
+    given = ", ".join(f"{key}={value!r}" for key, value in arch_args.items())
+    return Network(module, kind, f"{kind}({given})", f"asked for: --arch {arch}", _stated_shapes(read),
+                   preprocessing=_stated(read), notes=notes + more)  # fmt: skip
+
+
+def _stated(read: Checkpoint) -> dict[str, Any]:
+    """What a timm file says about its inputs."""
+    config = read.metadata.get("pretrained_cfg")
+    wanted = zoo.PREPROCESSING_FIELDS
+    return {key: config[key] for key in wanted if config.get(key)} if isinstance(config, Mapping) else {}
+
+
+def _stated_shapes(read: Checkpoint) -> tuple[tuple[int, ...], ...]:
+    size = _stated(read).get("input_size")
+    return ((1, *size),) if size else ()
+
+
+def _evaluating(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module in eval mode and at float32 or float64, and notes of what had to be changed."""
+    notes = []
+    training = sum(child.training for child in module.modules())
+    if training:
+        notes.append(f"called .eval(): {type(module).__name__} came in train mode")
+        _eval(module)
+    halves = [parameter for parameter in module.parameters() if parameter.dtype in HALF_TYPES]
+    if halves:
+        kind = str(halves[0].dtype).removeprefix("torch.")
+        notes.append(f"widened the network from {kind} to float32")
+        module = module.float()
+    return module, notes
+
+
+def _eval(module: nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:  # modules of exported programs have one mode, and refuse to be asked
+        for child in module.modules():
+            child.training = False
+
+
+def _facts(read: Checkpoint) -> dict[str, Any]:
+    return {
+        "file": read.path.name,
+        "sha256": read.sha256,
+        "size_bytes": read.path.stat().st_size,
+        "format": read.format,
+        "taken": read.taken,
+        "prefix": read.prefix,
+        "ema": read.ema,
+        "tensors": len(read.tensors),
+    }

@@ -1,0 +1,175 @@
+"""What artifacts are compared with: the training graph's outputs in float64, computed once for all formats.
+
+Inputs are the golden ones (batches of one and three, kept in the manifest), the certificate's uniform, constant and impulse
+probes, the user's data, and more normal samples as far as they are cheap, so that top-1 agreement means something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foldexport import interpret, probes
+from foldexport.exporters.options import ExportOptions
+from foldexport.exporters.weights import expected_weights, match_weights
+from foldexport.golden import golden
+from foldexport.rounding import rounding
+from foldexport.trace import Graph
+from foldexport.verify import Comparison, Tolerance, compare
+
+MORE_SAMPLES = 32  # normal samples beyond the probes
+MORE_MULTIPLY_ADDS = 4e9  # that they may cost together
+CHUNK = 8  # samples of one run
+BATCHES = (1, 3)  # from one artifact, where its batch is free
+
+
+@dataclass(eq=False)
+class Reference:
+    """Inputs and the training graph's outputs on them.
+
+    levels: the training graph's own float32 noise, per output.     inputs, outputs: one entry per run.
+    golden: the record for the manifest, None where the inputs cannot be drawn from a seed.
+    """
+
+    levels: list[float]
+    output_names: list[str]
+    inputs: list[tuple] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    golden: dict[str, Any] | None = None
+
+    def compare(
+        self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None
+    ) -> Comparison:
+        """Run the artifact at ``path`` on every input; ``module``'s weights, where given, must be in it bit for bit."""
+        weights = match_weights(expected_weights(module), exporter.weights(path)) if module is not None else None
+        return compare(
+            self.outputs, exporter.load(path), self.inputs, self.levels, format=exporter.name, label=exporter.runtime(),
+            output_names=self.output_names, weights=weights, tolerance=tolerance,
+        )  # fmt: skip
+
+
+def reference(
+    graph: Graph,
+    example: tuple,
+    options: ExportOptions,
+    *,
+    levels: Sequence[float] | None = None,
+    multiply_adds: int | None = None,
+    data: Sequence[np.ndarray] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Reference:
+    """Run the training graph in float64 on all inputs that artifacts are compared on.
+
+    example: the user's own inputs, whose batch is the only one of an artifact with fixed sizes.
+    levels: of the certificate, measured here where there is none.
+    """
+    run = _runner(graph, device)
+    batches = BATCHES if _free_batch(graph, options) else (_batch(example),)
+    if levels is None:
+        levels = rounding(graph, {}, probes.noise_probes(graph, seed=seed)).levels
+    places = [place for place, leaf in enumerate(graph.fx.output_node().args[0]) if _is_tensor(leaf)]
+    found = Reference([levels[place] for place in places], options.names("output", len(places)))
+
+    def record(*inputs: Tensor) -> list[Tensor]:
+        outputs = run(*inputs)
+        found.inputs.append(inputs)
+        found.outputs.append(outputs)
+        return outputs
+
+    if _drawn_from_seed(graph, example):
+        shapes = [list(value.shape) for value in example]
+        found.golden = golden(record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names)
+    for inputs in _further(graph, options, data, seed, _samples(multiply_adds), found.golden is not None):
+        record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
+    return found
+
+
+def _runner(graph: Graph, device: str) -> Callable[..., list[Tensor]]:
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            leaves = interpret.outputs(graph, inputs, torch.float64, device=device)
+        return [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+
+    return run
+
+
+def _further(
+    graph: Graph, options: ExportOptions, data: Sequence[np.ndarray] | None, seed: int, samples: int, golden_too: bool
+) -> list[tuple]:
+    """Inputs beyond the golden ones."""
+    sized = bool({"height", "width"} & set(options.dynamic))
+    found = [
+        probe.inputs
+        for probe in probes.make(graph, seed=seed)
+        if probe.name != "normal" or not golden_too
+        if sized or probe.name != "second size"
+    ]
+    if data is not None:
+        found += _chunks(graph, data)
+    if samples:
+        draws = (probes.noise_probes(graph, seed=seed + 8 * (1 + more)) for more in range(samples // probes.NOISE_SAMPLES))
+        found += [probe.inputs for draw in draws for probe in draw]
+    return found
+
+
+def _samples(multiply_adds: int | None) -> int:
+    """A multiple of `probes.NOISE_SAMPLES`: as many as are cheap, at most `MORE_SAMPLES`."""
+    affordable = MORE_SAMPLES if not multiply_adds else int(MORE_MULTIPLY_ADDS / multiply_adds)
+    return min(MORE_SAMPLES, affordable) // probes.NOISE_SAMPLES * probes.NOISE_SAMPLES
+
+
+def _chunks(graph: Graph, data: Sequence[np.ndarray]) -> list[tuple]:
+    """The user's samples in runs of `CHUNK`; in one run of the traced batch where the network fixes it."""
+    axes = _batch_axes(graph)
+    if not any(axes):
+        return [probe.inputs for probe in probes.make(graph, data=list(data)) if probe.name == "data"]
+    tensors = [torch.as_tensor(np.asarray(array)) for array in data]
+    tensors = [value.double() if value.is_floating_point() else value for value in tensors]
+    count = min(len(value) for value, batched in zip(tensors, axes, strict=True) if batched)
+    return [
+        tuple(value[at : min(at + CHUNK, count)] if batched else value for value, batched in zip(tensors, axes, strict=True))
+        for at in range(0, count, CHUNK)
+    ]
+
+
+def _at_batch(graph: Graph, inputs: tuple, batch: int) -> tuple:
+    """The inputs cut, or repeated, to one batch."""
+    return tuple(
+        value[torch.arange(batch) % len(value)] if batched else value
+        for value, batched in zip(inputs, _batch_axes(graph), strict=True)
+    )
+
+
+def _batch_axes(graph: Graph) -> list[bool]:
+    """Per input whether its axis 0 is the free batch."""
+    found = []
+    for node in graph.fx.find_nodes(op="placeholder"):
+        shape = getattr(node.meta.get("val"), "shape", ())
+        found.append(bool(graph.dynamic.get("batch")) and len(shape) > 0 and not isinstance(shape[0], int))
+    return found
+
+
+def _free_batch(graph: Graph, options: ExportOptions) -> bool:
+    return "batch" in options.dynamic and bool(graph.dynamic.get("batch"))
+
+
+def _drawn_from_seed(graph: Graph, example: tuple) -> bool:
+    """Whether golden inputs say it all: floating, and with one batch in common."""
+    floating = all(isinstance(value, Tensor) and value.is_floating_point() and value.dim() for value in example)
+    return floating and len({value.shape[0] for value in example}) == 1 and len(set(_batch_axes(graph))) == 1
+
+
+def _batch(example: tuple) -> int:
+    return next((value.shape[0] for value in example if isinstance(value, Tensor) and value.dim()), 1)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    value = leaf.meta.get("val") if hasattr(leaf, "meta") else leaf
+    return isinstance(value, Tensor)

@@ -1,0 +1,91 @@
+"""The user's own inputs for the proofs, from ``--data``: an ``.npz`` of arrays or a folder of images."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foldexport.errors import MissingDependencyError, UsageError
+
+SAMPLES = 64  # of the first ones, in the order of names
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+WANTED = "an .npz with one array per input (batch first) or a folder of images"
+
+
+def load(path: Path, preprocessing: Mapping[str, Any]) -> list[np.ndarray]:
+    """One array per input of the network, at most `SAMPLES` samples of each, batch first.
+
+    Images are read as RGB and brought to the network's input with its preprocessing (timm's fields, see `as_input`).
+    Raises UsageError for anything that is neither, and MissingDependencyError where Pillow is needed and not installed.
+    """
+    if path.is_dir():
+        return [_images(path, preprocessing)]
+    if not path.exists():
+        raise UsageError(f"--data {path}: there is no such file; wanted {WANTED}.")
+    if path.suffix != ".npz":
+        raise UsageError(f"--data {path}: wanted {WANTED}.")
+    return _arrays(path)
+
+
+def _arrays(path: Path) -> list[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = [archive[name] for name in archive.files]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"--data {path}: cannot be read as .npz ({str(error).splitlines()[0]}); wanted {WANTED}.") from error
+    if not arrays:
+        raise UsageError(f"--data {path}: holds no arrays; wanted {WANTED}.")
+    for array in arrays:
+        if array.dtype.kind not in "biuf" or array.ndim == 0 or not len(array):
+            found = f"a {array.dtype} array of shape {list(array.shape)}"
+            raise UsageError(f"--data {path}: holds {found}; wanted numbers, batch first.")
+    return [array[:SAMPLES] for array in arrays]
+
+
+def _images(folder: Path, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    missing = [name for name in ("input_size", "mean", "std") if not preprocessing.get(name)]
+    if missing:
+        reason = f"nothing says the {', '.join(missing)} that the network's images have"
+        raise UsageError(f"--data {folder}: {reason}; pass an .npz of arrays that are preprocessed.")
+    paths = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)[:SAMPLES]
+    if not paths:
+        raise UsageError(f"--data {folder}: has no images ({', '.join(IMAGE_SUFFIXES[:4])}, …); wanted {WANTED}.")
+    return np.stack([_image(each, preprocessing) for each in paths])
+
+
+def _image(path: Path, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("--data with images needs Pillow: pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            return as_input(image.convert("RGB"), preprocessing)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for damaged files
+        raise UsageError(f"--data {path}: cannot be read as an image ({error}).") from error
+
+
+def as_input(image: Any, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    """An RGB picture as the network reads it, ``[3, H, W]`` float32, as timm's evaluation transform makes it.
+
+    The shorter side goes to ``floor(size / crop_pct)``, the centre ``H×W`` is cut out, and ``(pixel/255 − mean) / std`` is taken.
+    """
+    from PIL import Image
+
+    _, height, width = preprocessing["input_size"]
+    scale = preprocessing.get("crop_pct") or 1.0
+    wide, high = math.floor(width / scale), math.floor(height / scale)
+    factor = max(wide / image.width, high / image.height)
+    size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
+    if size != image.size:
+        how = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+        image = image.resize(size, how.get(str(preprocessing.get("interpolation")), Image.Resampling.BILINEAR))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0
+    mean, std = (np.asarray(preprocessing[name], dtype=np.float32) for name in ("mean", "std"))
+    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

@@ -1,0 +1,173 @@
+"""From a checkpoint to a network that is folded and proved, ready to be exported: what every command begins with."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from foldexport import api, costs, samples
+from foldexport.certify import Certificate
+from foldexport.costs import Costs
+from foldexport.errors import UsageError
+from foldexport.fold.constants import Constants
+from foldexport.fold.ledger import Ledger
+from foldexport.fold.rebuild import in_dtype
+from foldexport.golden import golden_inputs
+from foldexport.recognise import Network, recognise
+from foldexport.trace import Graph, trace
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user says about a checkpoint; the fields are the options of the command line."""
+
+    checkpoint: Path
+    arch: str | None = None
+    arch_args: dict[str, Any] = field(default_factory=dict)
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    data: Path | None = None
+    seed: int = 0
+    fold: bool = True
+    trust_pickle: bool = False
+    use_ema: bool | None = None
+
+
+@dataclass(eq=False)
+class Study:
+    """A network, traced, folded and proved.
+
+    module: what is to be exported, in float32.     graph: the training graph.     example: inputs of the user's batch.
+    evaluated: weights that a formula made ("DiracConv2d": 12), computed once.      levels: float32 noise per output.
+    after, ledger, certificate: None where the user asked for no fold.              seconds: per stage.
+    """
+
+    network: Network
+    module: nn.Module
+    graph: Graph
+    example: tuple[Tensor, ...]
+    data: list[np.ndarray] | None
+    before: Costs
+    after: Costs | None
+    ledger: Ledger | None
+    certificate: Certificate | None
+    evaluated: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def levels(self) -> list[float] | None:
+        rounding = None if self.certificate is None else self.certificate.rounding
+        return None if rounding is None else rounding.levels
+
+
+class Clock:
+    """Seconds per stage, and a word to the user as each begins."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tell = progress or (lambda step: None)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.tell(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def study(question: Question, clock: Clock) -> Study:
+    """Read, recognise, trace, fold and certify. Raises what those stages raise, and UsageError for inputs that do not fit."""
+    with clock.stage("read"):
+        network = recognise(
+            question.checkpoint, arch=question.arch, arch_args=question.arch_args,
+            trust_pickle=question.trust_pickle, use_ema=question.use_ema,
+        )  # fmt: skip
+        data = samples.load(question.data, network.preprocessing) if question.data else None
+        example = example_inputs(network, question, data)
+    return _folded(network, example, data, question.seed, clock) if question.fold else _plain(network, example, data, clock)
+
+
+def _folded(network: Network, example: tuple, data: list | None, seed: int, clock: Clock) -> Study:
+    folded = api.fold(network.module, example, data=data, seed=seed, progress=clock.tell)
+    clock.seconds |= folded.seconds
+    with clock.stage("count"):
+        before = costs.of_graph(folded.graph, network.module, folded.counts_before)
+        after = costs.of_module(folded.module, folded.graph.example, folded.counts_after)
+        evaluated = evaluated_weights(folded.graph)
+    return Study(
+        network, in_dtype(folded.module, torch.float32), folded.graph, _as_float32(example), data, before, after,
+        folded.ledger, folded.certificate, evaluated, clock.seconds,
+    )  # fmt: skip
+
+
+def _plain(network: Network, example: tuple, data: list | None, clock: Clock) -> Study:
+    with clock.stage("trace"):
+        graph = trace(network.module, example)
+        api.check_deterministic(graph)
+        api.check_finite(graph)
+        before = costs.of_graph(graph, network.module, api.count_operators(graph))
+    halved = api.weights_dtype(graph) != torch.float32
+    module = copy.deepcopy(network.module).float() if halved else network.module
+    return Study(network, module, graph, _as_float32(example), data, before, None, None, None, {}, clock.seconds)
+
+
+def example_inputs(network: Network, question: Question, data: list[np.ndarray] | None) -> tuple[Tensor, ...]:
+    """Inputs to trace at: of the asked shapes, else of the network's own, else the first sample of the data.
+
+    Raises UsageError where nothing says what the inputs are, or the data has other shapes.
+    """
+    shapes = question.input_shapes or network.input_shapes
+    if not shapes and data is None:
+        who = f"--arch {question.arch}" if question.arch else network.description
+        raise UsageError(f"{who} does not say what its input is: pass --input-shape, for example 1x3x224x224.")
+    floats = next((p.dtype for p in network.module.parameters() if p.is_floating_point()), torch.float32)
+    if not shapes:
+        first = tuple(torch.as_tensor(array[:1]) for array in data or ())
+        return tuple(value.to(floats) if value.is_floating_point() else value for value in first)
+    if data is not None:
+        _require_same_shapes(shapes, data, question.data)
+    try:
+        drawn = golden_inputs(shapes, question.seed)
+    except (MemoryError, ValueError, RuntimeError) as error:  # what numpy and torch raise for sizes beyond memory
+        written = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        raise UsageError(f"--input-shape {written}: no such input can be made ({error}).") from error
+    kinds = [array.dtype for array in data] if data is not None else [np.dtype("float32")] * len(drawn)
+    return tuple(
+        value.to(floats) if kind.kind == "f" else torch.as_tensor(array[:1])
+        for value, kind, array in zip(drawn, kinds, data or drawn, strict=True)
+    )
+
+
+def _require_same_shapes(shapes: tuple, data: list[np.ndarray], path: Path | None) -> None:
+    wanted = ["x".join(map(str, shape[1:])) for shape in shapes]
+    found = ["x".join(map(str, array.shape[1:])) for array in data]
+    if wanted != found:
+        raise UsageError(f"--data {path}: samples are {', '.join(found)}, the network's input is {', '.join(wanted)}; pass --input-shape.")
+
+
+def evaluated_weights(graph: Graph) -> dict[str, int]:
+    """How many weights a formula over constants makes, by the class of the user's module: ``{"DiracConv2d": 12}``."""
+    constants = Constants(graph)
+    found: Counter[str] = Counter()
+    for node in graph.fx.nodes:
+        reads = node.args[1] if node.op == "call_function" and len(node.args) > 1 and node not in constants else None
+        if isinstance(reads, fx.Node) and reads in constants and reads.op == "call_function" and reads.meta["val"].dim() > 1:
+            found[node.meta.get("module_type") or "function"] += 1
+    return dict(found)
+
+
+def _as_float32(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() if value.is_floating_point() else value for value in example)
