@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,13 @@ from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.passes import FoldedGraph, fold_graph
 from foldexport.fold.pending import name_of
-from foldexport.fold.rebuild import rebuild
+from foldexport.fold.rebuild import in_dtype, rebuild
 from foldexport.interpret import random_nodes
 from foldexport.probes import make, noise_probes
 from foldexport.trace import Graph, trace
+
+if TYPE_CHECKING:
+    from foldexport.artifact import Artifact
 
 RETRY_ABOVE = 8.0  # multiples of the network's own float32 noise above which the fold is tried with fewer absorptions
 #: Operators of the training graph that are not counted: they move or name values, or read sizes.
@@ -34,7 +40,7 @@ class Folded:
 
     module: plain ``nn.Module`` in eval mode, of the user's own type: ``nn.Sequential`` where it is a chain.
     ledger: what was folded and what was kept, and why. certificate: the proof, None when it was not asked for.
-    source, graph, example: the training graph's module, its trace, and the inputs that it was traced with.
+    source, graph, example: the training graph's module, its trace (at a batch of two or more), and the user's inputs.
     counts_before, counts_after: operators by kind. seconds: per stage.
     """
 
@@ -94,8 +100,70 @@ def fold(
         result = rebuilt.to(dtype)
     return Folded(
         module=result, ledger=folded.ledger, certificate=certificate, source=module, graph=graph,
-        example=graph.example, input_names=list(graph.input_names), output_names=_output_names(folded),
+        example=(example,) if isinstance(example, Tensor) else tuple(example), input_names=list(graph.input_names), output_names=_output_names(folded),
         counts_before=count_operators(graph), counts_after=rebuilt.counts, seconds=seconds,
+    )  # fmt: skip
+
+
+def load(
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    use_ema: bool | None = None,
+) -> nn.Module:
+    """The network that a checkpoint holds, in eval mode, recognised by its keys and shapes or built by ``arch``.
+
+    arch: a name of the zoo, ``package.module:callable`` or ``path/file.py:callable``; arch_args: its arguments.
+    trust_pickle: open pickles with code in them, which then runs. use_ema: take the averaged weights (True), never (False),
+    or only where there are no others.
+
+    Raises CheckpointError (unreadable, not recognised, does not fit, damaged) and UsageError (``arch`` cannot be used).
+    """
+    from foldexport.recognise import recognise
+
+    return recognise(path, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, use_ema=use_ema).module
+
+
+def export(
+    folded: Folded,
+    format: str,
+    path: str | Path,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    dynamic: Sequence[str] | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Artifact:
+    """Write a folded network to ``path``, run the file in its own runtime, and put it in place if it computes the same.
+
+    format: "onnx", "torchscript" or an alias. opset: of ONNX. dynamic: axes left free, any of "batch", "height", "width";
+    by default the batch where the network allows it. The artifact is in float32 whatever the module is in.
+
+    Returns the artifact with its ``path`` and ``comparison``. Raises UsageError (an unknown format, an existing path, what
+    the format cannot write), MissingDependencyError, and EquivalenceError, with nothing written, where the proof fails.
+    """
+    from foldexport import artifact, exporters
+    from foldexport.exporters.options import ExportOptions
+    from foldexport.reference import reference
+    from foldexport.verify import require
+
+    exporter = exporters.exporter(exporters.get(format))
+    artifact.check_destination(path, overwrite=overwrite)
+    free = ("batch",) if folded.graph.dynamic.get("batch") else ()
+    names = [None if given is None else tuple(given) for given in (input_names, output_names)]
+    options = ExportOptions(*names, opset=opset, dynamic=free if dynamic is None else tuple(dynamic))
+    module = in_dtype(folded.module, torch.float32)
+    example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
+    rounding = None if folded.certificate is None else folded.certificate.rounding
+    levels = None if rounding is None else rounding.levels
+    expected = reference(folded.graph, example, options, levels=levels, seed=seed)
+    return artifact.write(
+        exporter, module, example, path, options,
+        prove=lambda file: require(expected.compare(exporter, file, module)), overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def certify(
         max_c |scale·s + shift − v| ≤ TOLERANCE · max(max_c |v|, CHANNEL_FLOOR · max |v|),
 
     with s computed from the training graph's own values in stored form. A channel that misses this bound is looked at
-    again, see :func:`foldexport.local.allowance`. Channels run along the one axis that the record varies on, else along axis 1, or the
+    again and allowed the rounding of float64 itself, see :func:`foldexport.local.recovery_rounding` and
+    :func:`foldexport.local.operator_rounding`: at most 6e-14 of the terms that really enter. Channels run along the one axis that the record varies on, else along axis 1, or the
     last one for linear layers and layer norms. Integers and booleans must be equal where their operator read exact bits.
 
     noise_probes: normal samples for the float32 rounding (`probes.noise_probes`); without them it is not measured.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foldexport.errors import CheckpointError
 from foldexport.probes import normal
-from foldexport.verify import Comparison, Runtime, compare
+from foldexport.verify import Comparison, Runtime, Tolerance, compare
 
 VERSION = 1
 STORED_ELEMENTS = 4096  # of all outputs together, 44 kB in base64
@@ -74,7 +74,9 @@ def golden(
     }
 
 
-def check_golden(record: dict[str, Any], runtime: Runtime, *, format: str, label: str) -> Comparison:
+def check_golden(
+    record: dict[str, Any], runtime: Runtime, *, format: str, label: str, tolerance: Tolerance | None = None
+) -> Comparison:
     """Compare a loaded artifact with the golden set of its manifest, by the rules of :func:`foldexport.verify.compare`.
 
     Raises :class:`CheckpointError` when the record is not one of ours, or the inputs drawn here are not those that it
@@ -95,7 +97,10 @@ def check_golden(record: dict[str, Any], runtime: Runtime, *, format: str, label
         return [_thin(output, step, each["peak_at"]) for output, each in zip(outputs, run["outputs"], strict=True)]
 
     names = record.get("output_names") or None
-    return compare(references, thinned, probes, _field(record, "n32"), format=format, label=label, output_names=names)
+    return compare(
+        references, thinned, probes, _field(record, "n32"), format=format, label=label, output_names=names,
+        tolerance=tolerance,
+    )  # fmt: skip
 
 
 def _inputs(run: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -100,8 +100,9 @@ def _compare(run: Lockstep, visit: Visit, record: Record, training: fx.Node, scr
     axis = channel_axis(record, value, training)
     errors, peaks = scratch.errors_and_peaks(record, computed, value, axis)
     bounds = TOLERANCE * torch.maximum(peaks, CHANNEL_FLOOR * peaks.max())
-    if not bool((errors <= bounds).all()):
-        bounds = bounds + allowance(run, visit, record, axis)
+    for look in (recovery_rounding, operator_rounding):
+        if not bool((errors <= bounds).all()):
+            bounds = bounds + look(run, visit, record, axis)
     ratio = torch.where(errors <= bounds, errors / bounds.clamp_min(1e-300), math.inf)
     excess = torch.where(errors <= bounds, ratio, torch.where(errors.isnan(), math.inf, 1 + errors / peaks.max()))
     worst = int(excess.argmax())
@@ -123,26 +124,35 @@ def channel_axis(record: Record, value: Tensor, training: fx.Node) -> int | None
     return value.dim() - 1 if packet_name(training.target) in _LAST_AXIS else 1
 
 
-def allowance(run: Lockstep, visit: Visit, record: Record, axis: int | None) -> Tensor:
-    """``[C]``: what float64 itself loses in one operator and in the recovery of a value from it.
+def recovery_rounding(run: Lockstep, visit: Visit, record: Record, axis: int | None) -> Tensor:
+    """``[C]`` or ``[1]``: what float64 loses in ``scale·s + shift``, ``ROUNDING · (max_c |scale·s| + max_c |shift|)``.
 
-    With u = ROUNDING, s the operator's result and s' its result when each input moves by ±NUDGE of the size at which it
-    was rounded (``|s_in| + |shift_in / scale_in|``),
-
-        u · (max_c |scale·s| + max_c |shift|)  +  u / NUDGE · max_c |scale·(s' − s)|.
-
-    The first term is the recovery ``scale·s + shift``: where γ = 1e-8 follows a convolution, the convolution's own value
-    is ``(s − shift)·1e8`` and keeps only half the digits of s. The second is the operator's own condition: a sum whose
-    terms cancel (a dead channel that carries a pending shift, the normalisation of a constant) is not known better
-    than its terms. Both are rounding of correct algebra, at most 6e-14 of terms that really enter; a wrong weight, bias
-    or record is wrong by a part of those terms, not by their last digits.
+    Where γ = 1e-8 follows a convolution, the convolution's own value is ``(s − shift)·1e8`` and keeps only half the digits
+    of s. A wrong record or bias is wrong by a part of these terms, not by their last digits.
     """
-    scale, computed = record.scale, visit.computed
-    recovery = channel_peaks((scale * computed).abs() + record.shift.abs(), axis)
-    moved = [run.nudged(visit, seed) for seed in (1, 2)]
-    condition = sum(channel_peaks((scale * (each - computed)).abs(), axis) for each in moved)
-    total = ROUNDING * recovery + ROUNDING / NUDGE * condition
+    scale, shift = (_along(part.abs(), visit.computed.dim(), axis) for part in (record.scale, record.shift))
+    total = ROUNDING * (scale * channel_peaks(visit.computed, axis) + shift)
     return torch.where(total.isfinite(), total, 0.0)
+
+
+def operator_rounding(run: Lockstep, visit: Visit, record: Record, axis: int | None) -> Tensor:
+    """``[C]``: what float64 loses inside the operator, ``ROUNDING / NUDGE · max_c |scale·(s' − s)|``.
+
+    s' is its result when each input moves by ±NUDGE of the size at which that was rounded, ``|s_in| + |shift_in/scale_in|``:
+    the operator's own condition, measured. A sum whose terms cancel (a dead channel that carries a pending shift, the
+    normalisation of a constant) is not known better than the last digits of its terms.
+    """
+    moved = (run.nudged(visit, seed) for seed in (1, 2))
+    condition = sum(channel_peaks(record.scale * (each - visit.computed), axis) for each in moved)
+    total = ROUNDING / NUDGE * condition
+    return torch.where(total.isfinite(), total, 0.0)
+
+
+def _along(part: Tensor, rank: int, axis: int | None) -> Tensor:
+    """``[C]`` or ``[1]``: the largest entry of a record's part for each channel."""
+    aligned = part.reshape((1,) * (rank - part.dim()) + tuple(part.shape))
+    others = tuple(place for place in range(rank) if place != axis)
+    return (aligned.amax(others) if others else aligned).reshape(-1)
 
 
 def channel_peaks(values: Tensor, axis: int | None) -> Tensor:

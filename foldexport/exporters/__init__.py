@@ -112,14 +112,19 @@ def resolve(names: str) -> list[Format]:
     return list(dict.fromkeys(rows))
 
 
+def require_installed(row: Format) -> None:
+    """Raise :class:`MissingDependencyError`, with the command that installs it, where a package is missing."""
+    missing = row.missing()
+    if missing:
+        raise MissingDependencyError(_missing_message(row, missing))
+
+
 def exporter(row: Format) -> Any:
     """An instance of the format's exporter.
 
     Raises :class:`MissingDependencyError` with the command that installs what is missing.
     """
-    missing = row.missing()
-    if missing:
-        raise MissingDependencyError(_missing_message(row, missing))
+    require_installed(row)
     module, _, name = row.target.partition(":")
     try:
         return getattr(importlib.import_module(module), name)()

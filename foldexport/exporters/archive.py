@@ -2,8 +2,8 @@
 
 An archive is a zip of records below one folder: ``data.pkl`` (the object, pickled), ``code/**.py`` (one file per
 namespace of classes), ``data/*`` and ``constants/*`` (raw tensors), ``version``, ``byteorder``; see PyTorch's
-``torch/csrc/jit/docs/serialization.md``. Class names are ``__torch__.<Python path>[.___torch_mangle_<n>].<Name>``, ``n``
-counting the classes of the process.
+``torch/csrc/jit/docs/serialization.md``. Class names are ``__torch__.<Python path>[.___torch_mangle_<n>].<Name>``,
+where ``n`` counts the classes of the process.
 """
 
 from __future__ import annotations

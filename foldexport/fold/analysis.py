@@ -67,6 +67,11 @@ class Wish:
     high: float = 0.0  # largest pending scale that additions downstream will see, relative to this root's
 
     @property
+    def wants_exact(self) -> bool:
+        """Whether a reader needs this root exactly as it is, ``(1, 0)``."""
+        return self.scale is not None and bool((self.scale == 1).all()) and self.wants_zero_shift
+
+    @property
     def wants_zero_shift(self) -> bool:
         """Whether a reader pays an operator for any pending shift left on this root."""
         return self.shift_weight >= OPERATOR_SAVED and not bool(self.shift.any())
@@ -119,6 +124,10 @@ def analyse(graph: Graph, constants: Constants, max_sigma: float = MAX_SIGMA) ->
     nodes = [node for node in graph.fx.nodes if node in analysis.live and node not in analysis.rules]
     for node in nodes:
         _count_reads(analysis, node)
+    users = _live_users(analysis)
+    for root, count in analysis.reads.items():
+        if count > 1:
+            analysis.common[root] = _common_affine(analysis, users, root)
     for node in reversed(nodes):
         if node.op in ("call_function", "output"):
             _collect(analysis, node)
@@ -146,8 +155,17 @@ def _mark_live(analysis: Analysis) -> None:
             stack.extend(operands(analysis, node))
 
 
+def _live_users(analysis: Analysis) -> dict[fx.Node, list[fx.Node]]:
+    users: dict[fx.Node, list[fx.Node]] = {}
+    for node in analysis.graph.fx.nodes:
+        if node in analysis.live and name_of(node) not in SHAPE_READERS:
+            for operand in dict.fromkeys(operands(analysis, node)):
+                users.setdefault(operand, []).append(node)
+    return users
+
+
 def _count_reads(analysis: Analysis, node: fx.Node) -> None:
-    """Count what an emitting operator reads, and note whether all readers of a root see it through one affine."""
+    """Count what an emitting operator reads."""
     if name_of(node) in SHAPE_READERS:
         return
     for operand in operands(analysis, node):
@@ -155,9 +173,14 @@ def _count_reads(analysis: Analysis, node: fx.Node) -> None:
             continue
         view = analysis.views[operand]
         analysis.reads[view.root] = analysis.reads.get(view.root, 0) + 1
-        seen = analysis.common.setdefault(view.root, view.affine)
-        if seen is not view.affine:
-            analysis.common[view.root] = None
+
+
+def _common_affine(analysis: Analysis, users: dict[fx.Node, list[fx.Node]], root: fx.Node) -> Affine | None:
+    """The affine through which every reader sees ``root``: its maker can take that whole."""
+    current = root
+    while len(users.get(current, ())) == 1 and users[current][0] in analysis.rules:
+        current = users[current][0]
+    return None if current is root else analysis.views[current].affine
 
 
 def _view_of(analysis: Analysis, node: fx.Node) -> View:

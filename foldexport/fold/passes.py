@@ -263,7 +263,7 @@ class Fold:
         rule = self.analysis.rules.get(node)
         if rule is not None:
             source, outer = rule
-            pending = self.pending(source)
+            pending = self._before_other_axes(self.pending(source), outer)
             carried = pending.carried
             if name_of(node) in REPORTED:
                 self.ledger.note(node, self.label(node), name_of(node))
@@ -276,6 +276,17 @@ class Fold:
         transfer = table.get(name_of(node)) if is_float(node) or isinstance(node.meta.get("val"), tuple | list) else None
         if transfer is None or not transfer(self, node):
             opaque(self, node)
+
+    def _before_other_axes(self, pending: Pending, outer: Affine) -> Pending:
+        """An affine along other axes would spoil what the open maker can still take: it takes that first."""
+        mine = set(pending.affine.axes())
+        if not pending.stored.open or not mine or not set(outer.axes()) - mine:
+            return pending
+        changed = self.retargeted(pending, Affine.identity(pending.affine.rank))
+        if changed is None:
+            return pending
+        self.absorbed(pending.carried, self.maker(pending.stored))
+        return changed
 
     def _outputs(self, node: fx.Node) -> list[Any]:
         from foldexport.fold.needs import EXACT

@@ -70,7 +70,7 @@ class _Group:
         return any(a in dynamic_in for a in self.inputs) == any(a in dynamic_out for a in self.outputs)
 
     def is_regular(self, dynamic_in: Collection[int], dynamic_out: Collection[int]) -> bool:
-        """Whether what holds at the traced sizes always holds: no symbolic axis, or the first or the last on both sides.
+        """Whether what holds at the traced sizes always holds: no symbolic axis, or the first or last on both sides.
 
         With ``[D, …]`` on both sides values repeat with the product of the other axes, and D·|in| sees every
         combination; with ``[…, D]`` the places where values change scale with D. Elsewhere sizes decide.

@@ -77,6 +77,8 @@ def _prepared(fold: Fold, node: fx.Node, source: fx.Node, plain: bool) -> Pendin
                 fold.absorbed(pending.carried, fold.maker(pending.stored))
                 return changed
     live = affine.scale != 0
+    if fold.analysis.wish(node).wants_exact:
+        return fold.satisfy(pending, EXACT, node, f"`{fold.label(node)}` is read exactly as it is")
     must_be_zero = fold.analysis.wish(node).wants_zero_shift
     if must_be_zero and bool((live & (affine.shift != 0)).any()):
         why = f"its shift meets the zero padding behind `{fold.label(node)}`"

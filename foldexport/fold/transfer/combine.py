@@ -132,7 +132,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _restored(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tuple[Pending, Pending, Tensor]:
     """One multiplication on the operand that can take the other's scale; both to 1 when neither scale fits the other."""
     why = f"the operands of `{fold.label(node)}` carry different factors"
-    for movable, fixed, swap in ((second, first, False), (first, second, True)):
+    ways = [(second, first, False), (first, second, True)]
+    ways.sort(key=lambda way: not way[1].affine.has_unit_scale)  # towards the scale 1, which no reader has to undo
+    for movable, fixed, swap in ways:
         target = _target(movable, fixed.affine.scale)
         if target is not None and not bool((target.scale == 0).any()):
             moved = fold._restore(movable, target, node, why)

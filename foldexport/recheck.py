@@ -1,0 +1,107 @@
+"""``foldexport verify``: an exported set proved again, on the machine where it will work.
+
+Every artifact beside the manifest must be the file that was exported, by its SHA-256, and must still compute the training
+graph's outputs on the golden inputs, in the runtime that is installed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foldexport import exporters, manifest
+from foldexport.artifact import sha256
+from foldexport.errors import CheckpointError, EquivalenceError, UsageError
+from foldexport.exporters import Format
+from foldexport.golden import check_golden
+from foldexport.study import Clock, Progress
+from foldexport.verify import Comparison, Tolerance
+
+
+@dataclass(eq=False)
+class Checked:
+    """One artifact of a manifest.
+
+    changed: files whose SHA-256 differs from the manifest's; such an artifact is not run.
+    comparison: None where it was not run.    reason: why it failed, empty where it holds.
+    """
+
+    format: str
+    file: str
+    changed: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+    def to_dict(self) -> dict[str, Any]:
+        record = {"format": self.format, "file": self.file, "ok": self.ok, "reason": self.reason, "changed": self.changed}
+        return record | {"comparison": self.comparison.to_dict() if self.comparison else None}
+
+
+def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None = None) -> list[Checked]:
+    """Check every artifact of the manifest at ``path``, or those of some formats.
+
+    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (the runtime is not installed).
+    A mismatch is a finding, see :func:`require`.
+    """
+    clock, document = Clock(progress), manifest.read(path)
+    entries = _chosen(path, document, [row.name for row in only])
+    for entry in entries:
+        exporters.require_installed(exporters.get(entry["format"]))
+        for each in entry["files"]:
+            if not (path.parent / each["name"]).is_file():
+                raise UsageError(f"{each['name']} is not beside {path}: copy it there, or name the formats to check with --format.")
+    return [_check(path.parent, entry, document, clock) for entry in entries]
+
+
+def require(checked: list[Checked]) -> None:
+    """Raise EquivalenceError, naming every file that is not what was exported or does not compute what was proved."""
+    failed = [each for each in checked if not each.ok]
+    if failed:
+        raise EquivalenceError("\n".join(f"{each.file}: {each.reason}" for each in failed))
+
+
+def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    entries = document["artifacts"]
+    try:
+        found = [entry for entry in entries if not names or entry["format"] in names]
+        whole = all(isinstance(each["name"], str) and isinstance(each["sha256"], str) for e in found for each in e["files"])
+        if not whole or not all(isinstance(entry["file"], str) for entry in found):
+            raise TypeError
+        # A manifest names files beside it, nothing else.
+        outside = [each["name"] for entry in found for each in entry["files"] if Path(each["name"]).name != each["name"]]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its list of artifacts was not written by foldexport, or was cut.") from error
+    if outside:
+        raise CheckpointError(f"{path}: names {outside[0]}, which is not a file beside it.")
+    if not found:
+        there = ", ".join(str(entry["format"]) for entry in entries) or "no artifacts"
+        raise UsageError(f"{path}: has {there}, not {', '.join(names)}." if names else f"{path}: has {there}.")
+    return found
+
+
+def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock) -> Checked:
+    row = exporters.get(entry["format"])
+    found = Checked(row.name, entry["file"])
+    clock.tell(f"check {entry['file']}")
+    found.changed = [each["name"] for each in entry["files"] if sha256(folder / each["name"]) != each["sha256"]]
+    if found.changed:
+        found.reason = f"SHA-256 of {', '.join(found.changed)} differs from the manifest's; copy it again, or export again"
+        return found
+    if document["golden"] is None:
+        return found
+    exporter = exporters.exporter(row)
+    given = document.get("tolerance")
+    tolerance = Tolerance(**given) if given else None
+    clock.tell(f"run {entry['file']} in {exporter.runtime()}")
+    comparison = check_golden(
+        document["golden"], exporter.load(folder / entry["file"]), format=row.name, label=exporter.runtime(), tolerance=tolerance
+    )
+    found.comparison = comparison
+    found.reason = "" if comparison.ok else comparison.message
+    return found
