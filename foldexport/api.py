@@ -203,11 +203,13 @@ def check_finite(graph: Graph) -> None:
 
 
 def weights_dtype(graph: Graph) -> torch.dtype:
-    """The floating-point type of the user's module: that of most of its weights, float32 where it has none."""
+    """The floating-point type of the user's module: that of most of its weights; without any, that of its inputs."""
     found: Counter[torch.dtype] = Counter()
     for tensor in graph.tensors.values():
         if tensor.is_floating_point():
             found[tensor.dtype] += tensor.numel()
+    if not found:
+        found.update(x.dtype for x in graph.example if x.is_floating_point())
     return found.most_common(1)[0][0] if found else torch.float32
 
 

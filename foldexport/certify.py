@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foldexport.agreement import disagreement
 from foldexport.endtoend import EndToEnd, EndToEndRun
 from foldexport.errors import EquivalenceError
 from foldexport.local import Finding, findings_on
-from foldexport.lockstep import Lockstep, Schedule, is_inexact
+from foldexport.lockstep import Lockstep, Schedule, first_line, is_inexact
 from foldexport.rounding import Rounding, folded_in, rounding
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Certificate:
         came closest to its bound, or exceeded it most.
     n_values, n_nodes: values of the training graph that were compared, and operators of the folded network that made
         them. silent: user's module -> channels that are 0 on every probe, whose readers were hardly tried.
+    trace: why the training graph is not the user's module, empty where it is or was not compared.
     dropped: (probe, reason) of probes whose reference is not finite; skipped: of shapes that the network does not take.
     """
 
@@ -49,13 +51,15 @@ class Certificate:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
     rounding: Rounding | None = None
+    trace: str = ""
     silent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
         """The proof holds: some probe was usable, no operator differs, and the outputs agree."""
-        return bool(self.probes) and not self.failures and (self.end_to_end is None or self.end_to_end.ok)
+        outputs = self.end_to_end is None or self.end_to_end.ok
+        return bool(self.probes) and not self.failures and not self.trace and outputs
 
     @property
     def noise32(self) -> float | None:
@@ -78,7 +82,7 @@ class Certificate:
         if not self.probes:
             names = "; ".join(f"{name}: {reason}" for name, reason in self.dropped)
             raise EquivalenceError(f"no probe can be judged ({names}): give inputs that the network is made for")
-        raise EquivalenceError(self.end_to_end.explain())
+        raise EquivalenceError(self.trace or self.end_to_end.explain())
 
     def summary(self) -> str:
         """One line for the console."""
@@ -103,6 +107,7 @@ class Certificate:
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "end_to_end": None if self.end_to_end is None else self.end_to_end.to_dict(),
             "rounding": None if self.rounding is None else self.rounding.to_dict(),
+            "trace": self.trace,
             "silent": self.silent,
             "seconds": self.seconds,
         }
@@ -116,6 +121,7 @@ def certify(
     probes: list[Probe],
     *,
     noise_probes: list[Probe] | None = None,
+    module: nn.Module | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
     """Compare the folded network with its training graph, value by value, in float64.
@@ -124,12 +130,15 @@ def certify(
 
         max_c |scale·s + shift − v| ≤ TOLERANCE · max(max_c |v|, CHANNEL_FLOOR · max |v|),
 
-    with s computed from the training graph's own values in stored form. A channel that misses this bound is looked at
-    again and allowed the rounding of float64 itself, see :func:`foldexport.local.recovery_rounding` and
-    :func:`foldexport.local.operator_rounding`: at most 6e-14 of the terms that really enter. Channels run along the one axis that the record varies on, else along axis 1, or the
-    last one for linear layers and layer norms. Integers and booleans must be equal where their operator read exact bits.
+    with s computed from the training graph's own values in stored form. A channel near this bound or above is looked at
+    again and allowed what float64 itself rounds, at most 6e-14 of the terms that really enter
+    (:func:`foldexport.local.recovery_rounding`, :func:`foldexport.local.operator_rounding`). Channels run along the one
+    axis that the record varies on, else along axis 1, or the last one for linear layers and layer norms. Integers and
+    booleans must be equal where their operator read exact bits.
 
-    noise_probes: normal samples for the float32 rounding (`probes.noise_probes`); without them it is not measured.
+    noise_probes: normal samples for the float32 rounding (`probes.noise_probes`); without them, and for a fold that is
+    wrong, it is not measured.
+    module: the user's own module; its trace is then compared with it too (`agreement.py`).
     progress: called with the name of each step as it begins.
 
     Returns a certificate that may not hold; `Certificate.require` raises. Raises what the training graph raises on a
@@ -137,57 +146,77 @@ def certify(
     """
     began = time.perf_counter()
     tell = progress or (lambda step: None)
-    schedule, certificate = Schedule(graph, program), Certificate()
-    outputs = EndToEndRun(schedule)
-    proved: dict[str, set[str]] = {}
-    peaks: dict[str, Tensor] = {}
+    proof = _Proof(graph, program, module)
     for probe in probes:
         tell(f"probe {probe.name}")
-        _judge(schedule, probe, outputs, certificate, proved, peaks)
-    certificate.silent = _silent(graph, peaks)
-    certificate.n_nodes, certificate.n_values = len(proved), len(set().union(*proved.values()))
-    if noise_probes and certificate.probes:
+        proof.judge(probe)
+    certificate = proof.certificate
+    if noise_probes and certificate.probes and not certificate.failures:
         tell("float32 rounding")
         certificate.rounding = rounding(graph, {"folded": folded_in(program, torch.float32)}, noise_probes)
-        certificate.rounding.blame(schedule, noise_probes[0])
-    if certificate.probes:
-        certificate.end_to_end = outputs.result(certificate.noise32)
+        certificate.rounding.blame(proof.schedule, noise_probes[0])
+    tell("outputs")
+    proof.conclude(probes)
     certificate.seconds = time.perf_counter() - began
     return certificate
 
 
-def _judge(
-    schedule: Schedule,
-    probe: Probe,
-    outputs: EndToEndRun,
-    certificate: Certificate,
-    proved: dict[str, set[str]],
-    peaks: dict[str, Tensor],
-) -> None:
-    """One probe: the local certificate, then the whole folded network; what it finds goes into the certificate."""
-    run = Lockstep(schedule, probe.inputs, outputs.watch)
-    try:
-        findings = findings_on(run, probe, schedule, peaks)
-    except Exception as error:  # a network may refuse a shape it was not traced for in any way it likes
-        if not probe.optional:
-            raise
-        certificate.skipped.append((probe.name, f"the network does not take {probe.shapes}: {_first_line(error)}"))
-        return
-    reason = _not_finite(schedule.graph, run.watched)
-    if reason:
-        certificate.dropped.append((probe.name, reason))
-        return
-    failures = [finding for finding in findings if not finding.error <= finding.bound]
-    if failures and probe.optional:
-        certificate.skipped.append((probe.name, f"the fold holds for the traced sizes only: {failures[0]}"))
-        return
-    certificate.probes.append((probe.name, probe.shapes))
-    certificate.failures += failures
-    for finding in findings:
-        proved.setdefault(finding.operator, set()).add(finding.value)
-    certificate.worst = max([*findings, *filter(None, [certificate.worst])], key=lambda f: f.ratio, default=None)
-    if not failures:
-        outputs.add(probe, run.watched)
+class _Proof:
+    """What the probes of one certificate share."""
+
+    def __init__(self, graph: Graph, program: Program, module: nn.Module | None) -> None:
+        self.schedule, self.certificate = Schedule(graph, program), Certificate()
+        self._graph, self._module = graph, module
+        self._outputs = EndToEndRun(self.schedule)
+        self._proved: dict[str, set[str]] = {}
+        self._peaks: dict[str, Tensor] = {}
+
+    def judge(self, probe: Probe) -> None:
+        """The local certificate on one probe, then the whole folded network."""
+        certificate = self.certificate
+        run = Lockstep(self.schedule, probe.inputs, self._outputs.watch)
+        try:
+            findings, peaks = findings_on(run, probe, self.schedule)
+            untraced = self._disagreement(probe) if probe.optional else ""
+        except Exception as error:  # a network may refuse a shape it was not traced for in any way it likes
+            if not probe.optional:
+                raise
+            untraced = f"the network does not take {probe.shapes}: {first_line(error)}"
+        if untraced:
+            certificate.skipped.append((probe.name, untraced))
+            return
+        infinite = _not_finite(self._graph, run.watched)
+        if infinite:
+            certificate.dropped.append((probe.name, infinite))
+            return
+        failures = [finding for finding in findings if not finding.error <= finding.bound]
+        if failures and probe.optional:
+            certificate.skipped.append((probe.name, f"the fold holds for the traced sizes only: {failures[0]}"))
+            return
+        certificate.probes.append((probe.name, probe.shapes))
+        certificate.failures += failures
+        for value, peak in peaks.items():
+            known = self._peaks.get(value, peak)
+            self._peaks[value] = torch.maximum(known, peak) if known.shape == peak.shape else known
+        for finding in findings:
+            self._proved.setdefault(finding.operator, set()).add(finding.value)
+        certificate.worst = max([*findings, *filter(None, [certificate.worst])], key=lambda f: f.ratio, default=None)
+        self._outputs.add(probe, run.watched)
+
+    def conclude(self, probes: list[Probe]) -> None:
+        """What only all probes together can say."""
+        certificate = self.certificate
+        certificate.silent = _silent(self._graph, self._peaks)
+        certificate.n_nodes = len(self._proved)
+        certificate.n_values = len(set().union(*self._proved.values()))
+        if certificate.probes:
+            certificate.end_to_end = self._outputs.result(certificate.noise32)
+            certificate.trace = self._disagreement(min(probes, key=_cost))
+
+    def _disagreement(self, probe: Probe) -> str:
+        if self._module is None:
+            return ""
+        return disagreement(self._graph, self._module, probe, self.certificate.noise32 or 0.0)
 
 
 def _not_finite(graph: Graph, watched: dict[str, Any]) -> str:
@@ -199,6 +228,11 @@ def _not_finite(graph: Graph, watched: dict[str, Any]) -> str:
     return ""
 
 
+def _cost(probe: Probe) -> tuple[bool, int]:
+    """Sort key: probes of the traced sizes first, then by the number of values."""
+    return probe.optional, sum(value.numel() for value in probe.inputs if isinstance(value, Tensor))
+
+
 def _silent(graph: Graph, peaks: dict[str, Tensor]) -> dict[str, int]:
     """Channels that no probe brought to life, by the module of the training graph that makes them."""
     silent: dict[str, int] = {}
@@ -207,11 +241,6 @@ def _silent(graph: Graph, peaks: dict[str, Tensor]) -> dict[str, int]:
         if count:
             silent[node.meta.get("module") or node.name] = count
     return silent
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _json(value: Any) -> Any:

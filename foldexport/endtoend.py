@@ -1,11 +1,12 @@
 """The whole folded network against the training graph in float64: at the outputs, and before what would hide an error.
 
-Softmax and sigmoid saturate, so a final one is also compared at its input. Behind an operator that jumps (argmax, top-k,
-NMS, floor, comparisons) the last digit decides, so its inputs are compared and what follows is counted, not judged.
+Softmax and sigmoid saturate, so a final one is also compared at its input. Behind an operator that jumps (argmax,
+top-k, NMS, floor, comparisons) the last digit decides, so its inputs are compared and what follows is counted.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from foldexport.lockstep import Runner, Schedule, is_identity, is_inexact
+from foldexport.lockstep import Runner, Schedule, first_line, is_identity, is_inexact
 from foldexport.views import packet_name
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ MAX_TIES = 16  # near-ties listed
 
 _FINAL = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"})
 _JUMPS = frozenset(
-    "floor ceil round trunc fix sign sgn frac remainder fmod floor_divide heaviside hardshrink "
-    "topk sort argsort argmax argmin nms bucketize searchsorted fake_quantize_per_tensor_affine".split()
+    ("floor", "ceil", "round", "trunc", "fix", "sign", "sgn", "frac", "remainder", "fmod", "floor_divide")
+    + ("heaviside", "hardshrink", "topk", "sort", "argsort", "nms", "fake_quantize_per_tensor_affine")
 )
 _SHAPE_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like", "new_", "sym_", "_assert", "is_same_size")
 
@@ -50,7 +51,7 @@ class TopOne:
 class EndToEnd:
     """Outcome of the comparison of outputs.
 
-    error: largest difference over its output's peak, at `worst` (a value of the training graph); bound: what is allowed.
+    error: largest difference over the peak, at `worst` (a value of the training graph); bound: what is allowed.
     blind: outputs that hardly depend on the input, so that their agreement shows nothing.
     agreement: share of equal entries for outputs behind an operator that jumps.
     """
@@ -119,7 +120,7 @@ class EndToEndRun:
         try:
             runner.run(*probe.inputs)
         except Exception as error:  # whatever an operator raises, the folded network does not run where it should
-            self._refusal = self._refusal or f"{str(error).strip().splitlines()[0]} (probe '{probe.name}')"
+            self._refusal = self._refusal or f"{first_line(error)} (probe '{probe.name}')"
             return
         for name, found in runner.captured.items():
             wanted = reference.get(name)
@@ -131,20 +132,20 @@ class EndToEndRun:
 
     def _compare(self, name: str, found: Tensor, wanted: Tensor) -> None:
         point = self._points[name]
-        difference = torch.where(found == wanted, 0.0, found - wanted).abs()
-        point.errors.append(float(difference.amax()) if difference.numel() else 0.0)
+        point.errors.append(_largest_difference(found, wanted))
         finite = torch.where(wanted.isfinite(), wanted, 0.0)
         point.peaks.append(float(finite.abs().amax()) if wanted.numel() else 0.0)
         rows = finite.reshape(len(finite), -1) if finite.dim() else finite.reshape(1, 1)
         point.prints.append(rows[:, :: max(1, rows.shape[1] // 4096)].clone())
-        if wanted.dim() == 2 and wanted.shape[1] > 1 and point.group == name and wanted.is_floating_point():
+        scores = wanted.dim() == 2 and wanted.shape[1] > 1 and wanted.is_floating_point()
+        if scores and point.group == name and found.shape == wanted.shape:
             self._top1[name] = _joined(self._top1.get(name), top_one(wanted, found))
 
     def result(self, noise: float | None = None) -> EndToEnd:
         """noise: the training graph's own float32 noise; a network that magnifies rounding is allowed as much more."""
         bound = max(TOLERANCE, NOISE_DIGITS * (noise or 0.0))
         errors = {name: _relative(point) for name, point in self._points.items() if point.errors}
-        worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name], default="")
+        worst = max(errors, key=errors.__getitem__, default="")
         spread: dict[str, float] = {}
         for point in self._points.values():
             spread[point.group] = max(spread.get(point.group, 0.0), _spread(point))
@@ -236,10 +237,17 @@ def _equal(found: Any, wanted: Tensor) -> Tensor:
     return torch.isclose(found, wanted, rtol=1e-6, atol=0.0, equal_nan=True) if is_inexact(wanted) else found == wanted
 
 
+def _largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """Infinite for another shape or what is not a number; equal infinities do not differ."""
+    if found.shape != wanted.shape:
+        return math.inf
+    difference = torch.where(found == wanted, 0.0, found - wanted).abs()
+    return float(torch.where(difference.isnan(), math.inf, difference).amax()) if difference.numel() else 0.0
+
+
 def _relative(point: _Point) -> float:
     """Largest error over the largest peak of all probes; the error itself where the reference is 0 throughout."""
-    error = max(point.errors, key=lambda value: float("inf") if value != value else value)
-    return error / (max(point.peaks) or 1.0)
+    return max(point.errors) / (max(point.peaks) or 1.0)
 
 
 def _spread(point: _Point) -> float:

@@ -1,9 +1,9 @@
 """Running the folded network on the training graph's own values, one operator at a time.
 
 Every operator of the folded network reads *references*: the training graph's values in stored form,
-``s = (v − shift) / scale``. Its own result is compared with what the training graph holds there, so no operator can hide
-behind what comes after it, and no error travels. Both networks advance together, and a value lives only as long as one
-of them still reads it.
+``s = (v − shift) / scale``. Its own result is compared with what the training graph holds there, so no operator can
+hide behind what comes after it, and no error travels. Both networks advance together, and a value lives only as long as
+one of them still reads it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Visit:
 
     computed: what it gave; None when it raised, with the reason in `refusal`, or when an input is not known.
     records, values: its claims ``v = scale ⊙ s + shift``, and the training graph's values of those names.
-    references: its inputs in stored form; offsets: the size at which an input rounded beyond its own: ``|shift / scale|``
-        where it was recovered, the sum of its terms where an operator without records computed it.
+    references: its inputs in stored form; offsets: the size at which an input rounded beyond its own:
+        ``|shift / scale|`` where it was recovered, that of its terms where an operator without records computed it.
     exact: no input was recovered, so that the operator read the very bits that the training graph has.
     """
 
@@ -203,8 +203,13 @@ class Lockstep:
         try:
             return self._runner.run_on(node, inputs), ""
         except Exception as error:  # an operator may raise anything; that it cannot run here is the finding
-            lines = str(error).strip().splitlines()
-            return None, lines[0] if lines else type(error).__name__
+            return None, first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def is_inexact(value: object) -> bool:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from foldexport.exporters.options import ExportOptions
 from foldexport.reference import Reference
 from foldexport.study import Question, Study
 from foldexport.trace import Graph
+from foldexport.verify import Tolerance
 
 SCHEMA = 1
 PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")
@@ -36,7 +38,9 @@ def build(
     artifacts: Sequence[Artifact],
     reference: Reference,
     options: ExportOptions,
-    command: Sequence[str],
+    *,
+    tolerance: Tolerance | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest as plain values; artifacts are named relative to it."""
     inputs, outputs = interface(study.graph, study.example, options)
@@ -47,6 +51,8 @@ def build(
         "inputs": inputs,
         "outputs": outputs,
         "artifacts": [artifact_record(each) for each in artifacts],
+        "tolerance": asdict(tolerance) if tolerance else None,
+        "probes_left_out": reference.dropped,
         "golden": reference.golden,
         "versions": versions(),
         "seconds": {name: round(value, 3) for name, value in study.seconds.items()},

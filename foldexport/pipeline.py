@@ -81,8 +81,9 @@ def convert(question: Question, order: Order, progress: Progress | None = None) 
             _export(row, path, found, options, expected, order.tolerance, clock)
             for row, path in zip(order.formats, paths[:-1], strict=True)
         ]
-        record = manifest.build(question, found, artifacts, expected, options, order.command)
-        record["tolerance"] = dataclasses.asdict(order.tolerance) if order.tolerance else None
+        record = manifest.build(
+            question, found, artifacts, expected, options, tolerance=order.tolerance, command=order.command
+        )
         paths[-1].write_text(manifest.dumps(record), encoding="utf-8")
     return Outcome(found, [_in(places.folder, each) for each in artifacts], places.manifest, record)
 

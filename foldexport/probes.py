@@ -31,10 +31,10 @@ USER_SAMPLES = 4  # samples taken from the user's data
 class Probe:
     """One set of inputs of the network, in the order of the training graph's placeholders.
 
-    name: "normal", "uniform" (in [0, 1)), "constant" (in space, a normal value per channel), "impulse" (in two corners),
-        "second size" (normal), "data" (the user's).
+    name: "normal", "uniform" (in [0, 1)), "constant" (in space, a normal value per channel), "impulse" (in two
+        corners), "second size" (normal), "data" (the user's).
     inputs: floating inputs in float64, the others in the network's own dtype; what is not a tensor is passed as it is.
-    optional: the network was not traced for this shape; a network or a fold that does not take it is recorded, not refused.
+    optional: the network was not traced for this shape; a network or fold that does not take it is recorded only.
     """
 
     name: str

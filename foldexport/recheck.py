@@ -61,9 +61,9 @@ def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None =
 
 def require(checked: list[Checked]) -> None:
     """Raise EquivalenceError, naming every file that is not what was exported or does not compute what was proved."""
-    failed = [each for each in checked if not each.ok]
+    failed = [each.file for each in checked if not each.ok]
     if failed:
-        raise EquivalenceError("\n".join(f"{each.file}: {each.reason}" for each in failed))
+        raise EquivalenceError(f"{len(failed)} of {len(checked)} artifacts failed: {', '.join(failed)}.")
 
 
 def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:

@@ -19,13 +19,15 @@ from foldexport import interpret, probes
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.golden import golden
-from foldexport.rounding import rounding
+from foldexport.rounding import Errors, rounding
 from foldexport.trace import Graph
 from foldexport.verify import Comparison, Tolerance, compare
 
 MORE_SAMPLES = 32  # normal samples beyond the probes
 MORE_MULTIPLY_ADDS = 4e9  # that they may cost together
 CHUNK = 8  # samples of one run
+SPECIAL = ("uniform", "constant", "impulse")  # on which a network may be far worse conditioned than on natural inputs
+UNUSUAL = 4.0  # times the usual noise
 BATCHES = (1, 3)  # from one artifact, where its batch is free
 
 
@@ -35,6 +37,7 @@ class Reference:
 
     levels: the training graph's own float32 noise, per output.     inputs, outputs: one entry per run.
     golden: the record for the manifest, None where the inputs cannot be drawn from a seed.
+    dropped: probes on which the training graph itself rounds far worse than it usually does, or is not finite.
     """
 
     levels: list[float]
@@ -42,6 +45,7 @@ class Reference:
     inputs: list[tuple] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
+    dropped: list[str] = field(default_factory=list)
 
     def compare(
         self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None
@@ -86,9 +90,28 @@ def reference(
     if _drawn_from_seed(graph, example):
         shapes = [list(value.shape) for value in example]
         found.golden = golden(record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names)
-    for inputs in _further(graph, options, data, seed, _samples(multiply_adds), found.golden is not None):
+    for name, inputs in _further(graph, options, data, seed, _samples(multiply_adds), found.golden is not None):
         record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
+        if name in SPECIAL and not _rounds_as_usual(graph, found, places):
+            found.dropped.append(name)
+            found.inputs.pop(), found.outputs.pop()
     return found
+
+
+def _rounds_as_usual(graph: Graph, found: Reference, places: list[int]) -> bool:
+    """Whether the training graph in float32 is near its float64 outputs on the last inputs.
+
+    A constant image drives statistics of the input itself to zero variance, where float32 means nothing.
+    """
+    with torch.no_grad():
+        leaves = interpret.outputs(graph, found.inputs[-1], torch.float32)
+    for place, wanted, level in zip(places, found.outputs[-1], found.levels, strict=True):
+        errors = Errors()
+        if wanted.is_floating_point() and wanted.isfinite().all():
+            errors.add(wanted, leaves[place])
+        if not wanted.isfinite().all() or errors.rms > UNUSUAL * level:
+            return False
+    return True
 
 
 def _runner(graph: Graph, device: str) -> Callable[..., list[Tensor]]:
@@ -102,20 +125,20 @@ def _runner(graph: Graph, device: str) -> Callable[..., list[Tensor]]:
 
 def _further(
     graph: Graph, options: ExportOptions, data: Sequence[np.ndarray] | None, seed: int, samples: int, golden_too: bool
-) -> list[tuple]:
-    """Inputs beyond the golden ones."""
+) -> list[tuple[str, tuple]]:
+    """Names and inputs of the runs beyond the golden ones."""
     sized = bool({"height", "width"} & set(options.dynamic))
     found = [
-        probe.inputs
+        (probe.name, probe.inputs)
         for probe in probes.make(graph, seed=seed)
         if probe.name != "normal" or not golden_too
         if sized or probe.name != "second size"
     ]
     if data is not None:
-        found += _chunks(graph, data)
+        found += [("data", inputs) for inputs in _chunks(graph, data)]
     if samples:
         draws = (probes.noise_probes(graph, seed=seed + 8 * (1 + more)) for more in range(samples // probes.NOISE_SAMPLES))
-        found += [probe.inputs for draw in draws for probe in draw]
+        found += [("normal", probe.inputs) for draw in draws for probe in draw]
     return found
 
 

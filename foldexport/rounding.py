@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from foldexport.endtoend import beyond_jumps
-from foldexport.interpret import outputs
+from foldexport.interpret import cast, outputs
 from foldexport.lockstep import Lockstep, Runner, Schedule, is_inexact
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ Run = Callable[[tuple], Sequence[Any]]
 class Multiple:
     """One network's error in low precision.
 
-    error: largest difference over the probe's peak; multiple: the error in units of the training graph's own noise at the
-    worst output, None when no output can be judged; see :func:`rounding`.
+    error: largest difference over the probe's peak; multiple: the error in units of the training graph's own noise at
+    the worst output, None when no output can be judged; see :func:`rounding`.
     """
 
     error: float
@@ -46,7 +46,7 @@ class Multiple:
 
 @dataclass(frozen=True)
 class Blame:
-    """Where float32 hurts: an operator, its worst channel and its own error over the value's peak, in units of 2^-24."""
+    """Where float32 hurts: an operator, its worst channel, and its error over the value's peak in units of 2^-24."""
 
     module: str
     operator: str
@@ -59,7 +59,7 @@ class Blame:
 class Rounding:
     """What :func:`rounding` measured.
 
-    levels: the training graph's own noise in `dtype`, one number per output, a fraction of the peak; noise: the largest.
+    levels: the training graph's noise in `dtype`, one number per output, a fraction of the peak; noise: the largest.
     multiples: the networks' errors in those units. worst: filled by :meth:`blame`.
     """
 
@@ -98,8 +98,8 @@ def rounding(graph: Graph, runs: dict[str, Run], probes: list[Probe], dtype: tor
 
     With r the float64 reference of an output, ``e = (y − r) / max |r|`` on each probe, and both taken over all probes,
 
-        n = max(RMS(e of the training graph), floor),    multiple = max( RMS(e) / n,  max |e| / max(n·q(N), max |e| of the
-        training graph) ),    q(N) = max(1, √(2 ln N))  for N elements,
+        n = max(RMS(e of the training graph), floor),    q(N) = max(1, √(2 ln N))  for N elements,
+        multiple = max( RMS(e) / n,  max |e| / max(n·q(N), max |e| of the training graph) ),
 
     with a floor of half a unit in the last place (2^-24 for float32). q(N) is what the largest of N normal errors is
     expected to reach (Cramér 1946, §28.6), so that one bad channel among many counts in full. Outputs that are not real
@@ -168,7 +168,7 @@ def _multiple(errors: dict[int, Errors], own: dict[int, Errors], levels: list[fl
 
 def folded_in(program: Program, dtype: torch.dtype) -> Run:
     """The folded network, cast to ``dtype``, as a run."""
-    module = copy.deepcopy(program.module).to(dtype)
+    module = _rounded(program.module, dtype)
 
     def run(inputs: tuple) -> list[Any]:
         given = [value.to(dtype) if is_inexact(value) and not value.is_complex() else value for value in inputs]
@@ -181,10 +181,10 @@ def folded_in(program: Program, dtype: torch.dtype) -> Run:
 def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
     """The operators that lose most in float32 on their own, worst first.
 
-    Each folded operator reads the float32 rounding of its float64 references; its error, ``scale·(s32 − s64)``, is taken
-    over the peak of the training value. What it reads counts as well, so a huge stored shift is blamed on its readers.
+    Each folded operator reads the float32 rounding of its float64 references; its error, ``scale·(s32 − s64)``, is
+    taken over the peak of the training value. What it reads counts, so a huge shift is blamed on its readers too.
     """
-    runner = Runner(copy.deepcopy(schedule.program.module).float(), torch.float32)
+    runner = Runner(_rounded(schedule.program.module, torch.float32), torch.float32)
     twins = {node.name: node for node in runner.module.graph.nodes}
     found = []
     for visit in Lockstep(schedule, probe.inputs):
@@ -202,6 +202,16 @@ def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
         units = float(per_channel[channel]) / peak * 2**24
         found.append(Blame(label, visit.node.name, record.value, channel if axis else None, units))
     return sorted(found, key=lambda blame: -blame.error_units)[:MAX_BLAMED]
+
+
+def _rounded(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy with its real tensors in ``dtype``; the float64 ones are not copied on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = cast(buffer, dtype).clone()
+    return copy.deepcopy(module, memo)
 
 
 def _single(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Probes: the same bits everywhere, the right shapes and types, and nothing that a network would refuse by its nature."""
+"""Probes: the same bits everywhere, the right shapes and types, nothing that a network would refuse by its nature."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ def test_a_large_image_stays_at_batch_one():
     assert [probe.samples for probe in probing.noise_probes(graph)] == [1] * 8
 
 
-@pytest.mark.parametrize("size, second", [((224, 224), (192, 160)), ((32, 32), (40, 48)), ((8,), (10,)), ((512, 512), (480, 448))])
+@pytest.mark.parametrize(
+    "size, second",
+    [((224, 224), (192, 160)), ((32, 32), (40, 48)), ((8,), (10,)), ((512, 512), (480, 448))],
+)
 def test_second_sizes_differ_from_the_first_and_from_each_other(size, second):
     assert probing.second_size(torch.zeros(1, 3, *size), False) == second
 
@@ -81,12 +84,15 @@ def test_values_are_the_same_everywhere_and_exact_in_float32():
     first, again, other = (named(probing.make(graph, seed=seed)) for seed in (5, 5, 6))
     for name, probe in first.items():
         assert torch.equal(probe.inputs[0], again[name].inputs[0])
-        assert torch.equal(probe.inputs[0], probe.inputs[0].float().double()) and probe.inputs[0].dtype == torch.float64
+        assert probe.inputs[0].dtype == torch.float64
+        assert torch.equal(probe.inputs[0], probe.inputs[0].float().double())
     assert not torch.equal(first["normal"].inputs[0], other["normal"].inputs[0])
     assert not torch.equal(first["normal"].inputs[0][0], first["normal"].inputs[0][1])
     # The first words of Philox 4x64-10 for key (7, 0), so that no numpy release can change the probes unseen.
-    assert probing.uniform(np.random.Philox(key=[7, 0]).random_raw, 3).tolist() == [0.8720703125, 0.2953643798828125, 0.4200897216796875]
-    assert probing.normal(np.random.Philox(key=[7, 0]).random_raw, 2).tolist() == [-0.179107666015625, -0.5407562255859375]
+    drawn = probing.uniform(np.random.Philox(key=[7, 0]).random_raw, 3)
+    assert drawn.tolist() == [0.8720703125, 0.2953643798828125, 0.4200897216796875]
+    drawn = probing.normal(np.random.Philox(key=[7, 0]).random_raw, 2)
+    assert drawn.tolist() == [-0.179107666015625, -0.5407562255859375]
 
 
 def test_normal_values_are_normal():

@@ -98,6 +98,7 @@ class Analysis:
     borders: dict[fx.Node, Border] = field(default_factory=dict)
     reads: dict[fx.Node, int] = field(default_factory=dict)
     common: dict[fx.Node, Affine | None] = field(default_factory=dict)
+    exact_reads: dict[fx.Node, fx.Node] = field(default_factory=dict)
     wishes: dict[fx.Node, Wish] = field(default_factory=dict)
     rms: dict[fx.Node, Tensor] | None = None
     max_sigma: float = MAX_SIGMA
@@ -274,8 +275,9 @@ def _collect(analysis: Analysis, node: fx.Node) -> None:
     elif name in PASSIVE or node.target is operator.getitem:
         return
     else:
-        for variable in variables:
+        for variable in reversed(variables):  # of two outputs the first one wins a tie
             _want_exact(analysis, variable)
+            analysis.exact_reads[variable] = node
 
 
 #: Operators that map an affine without a wish of their own.

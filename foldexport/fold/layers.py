@@ -199,7 +199,8 @@ def _norm(stored: Stored) -> Step:
 
 
 def _add(stored: Stored) -> Step:
-    return Step("add", function=operator.add, args=(Operand(0), Operand(1 if stored.inputs[0] is not stored.inputs[1] else 0)))
+    function = operator.sub if stored.attrs["minus"] else operator.add
+    return Step("add", function=function, args=(Operand(0), Operand(1 if stored.inputs[0] is not stored.inputs[1] else 0)))
 
 
 def _cat(stored: Stored) -> Step:

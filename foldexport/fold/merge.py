@@ -140,7 +140,8 @@ def _terms(pending: Pending) -> list[Pending]:
     if stored.kind != "add" or not stored.open or stored.fixed or any(i.shape != stored.shape for i in stored.inputs):
         return [pending]
     total = stored.since(0).then(affine)
-    shares = [Affine(total.scale, torch.zeros_like(total.shift)), total]
+    sign = -1.0 if stored.attrs["minus"] else 1.0
+    shares = [total, Affine(sign * total.scale, torch.zeros_like(total.shift))]
     found = []
     for operand, share in zip(stored.inputs, shares, strict=True):
         found.extend(_terms(Pending.of(operand, share, pending.carried)))

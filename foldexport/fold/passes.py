@@ -18,11 +18,11 @@ from foldexport.fold.affine import Affine
 from foldexport.fold.analysis import MAX_SIGMA, Analysis, Wish, analyse
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
+from foldexport.fold.needs import EXACT
 from foldexport.fold.pending import REPORTED, dynamic_axes, is_float, name_of, shape_of
-from foldexport.fold.stored import Pending, Stored, can, push_down, rebase
+from foldexport.fold.stored import MAX_CARRIED, ROUNDING, Pending, Stored, can, push_down, rebase
 from foldexport.trace import Graph
 
-ROUNDING = 8 * 2.0**-53  # relative to the terms of a sum or product of two
 WIDE_RANGE = 1.0  # octaves of trunk scale from which its starting scale is chosen
 
 
@@ -161,7 +161,7 @@ class Fold:
     def _taken_whole(self, pending: Pending, through: Affine) -> Pending:
         """Every reader sees the root through one affine: its maker takes it, and the readers find ``(1, 0)``."""
         pending.stored.retarget(pending.affine.then(through))
-        return pending.current()
+        return pending
 
     def _scales(self, wish: Wish, a: Tensor) -> list[Tensor]:
         """Scales worth asking for: an exact one; else the middle of the range that additions will see, with the wished signs."""
@@ -205,7 +205,8 @@ class Fold:
         """One operator that brings a value into the form a reader needs; shared by readers that need the same."""
         stored, affine = pending.stored, pending.affine
         scale = torch.where(affine.scale == target.scale, 1.0, affine.scale / target.scale)
-        change = Affine(*torch.broadcast_tensors(scale, (affine.shift - target.shift) / target.scale)).compressed()
+        gap = torch.where(affine.shift == target.shift, 0.0, (affine.shift - target.shift) / target.scale)
+        change = Affine(*torch.broadcast_tensors(scale, gap)).compressed()
         known = self._restored.setdefault(stored, [])
         for other, made in known:
             if same(other, change):
@@ -263,12 +264,13 @@ class Fold:
         rule = self.analysis.rules.get(node)
         if rule is not None:
             source, outer = rule
-            pending = self._before_other_axes(self.pending(source), outer)
+            pending = self._before_other_axes(source, outer)
             carried = pending.carried
             if name_of(node) in REPORTED:
                 self.ledger.note(node, self.label(node), name_of(node))
                 carried = (*carried, node)
-            self.values[node] = Pending.of(pending.stored, settled(pending.affine, outer), carried)
+            value = Pending(pending.stored, settled(pending.affine, outer), pending.epoch, carried[-MAX_CARRIED:])
+            self.values[node] = self._restored_once(node, value)
             return
         if node.target is operator.getitem:
             self.values[node] = self.values[node.args[0]][node.args[1]]
@@ -277,26 +279,37 @@ class Fold:
         if transfer is None or not transfer(self, node):
             opaque(self, node)
 
-    def _before_other_axes(self, pending: Pending, outer: Affine) -> Pending:
-        """An affine along other axes would spoil what the open maker can still take: it takes that first."""
+    def _restored_once(self, node: fx.Node, value: Pending) -> Pending:
+        """A value that some reader needs exactly, and whose maker cannot give it, is restored here, for all its readers."""
+        reader = self.analysis.exact_reads.get(node)
+        if reader is None or value.stored.open:
+            return value
+        current = value.current()
+        if current.affine.is_identity:
+            return value
+        return self.satisfy(current, EXACT, reader, why_exact(self, reader))
+
+    def _before_other_axes(self, source: fx.Node, outer: Affine) -> Pending:
+        """The operand of an affine operator, as recorded: in terms of its stored tensor as it was then.
+
+        An affine along other axes would spoil what the open maker can still take: it takes that first.
+        """
+        pending = self.pending(source)
         mine = set(pending.affine.axes())
-        if not pending.stored.open or not mine or not set(outer.axes()) - mine:
-            return pending
-        changed = self.retargeted(pending, Affine.identity(pending.affine.rank))
-        if changed is None:
-            return pending
-        self.absorbed(pending.carried, self.maker(pending.stored))
-        return changed
+        if pending.stored.open and mine and set(outer.axes()) - mine:
+            changed = self.retargeted(pending, Affine.identity(pending.affine.rank))
+            if changed is not None:
+                self.absorbed(pending.carried, self.maker(pending.stored))
+                return changed
+        return self.values[source]
 
     def _outputs(self, node: fx.Node) -> list[Any]:
-        from foldexport.fold.needs import EXACT
-
         outputs = []
         for value in node.args[0]:
             if not isinstance(value, fx.Node):
                 outputs.append(value)
             elif is_float(value):
-                outputs.append(self.demand(node, value, EXACT, "it is an output of the network").stored)
+                outputs.append(self.demand(node, value, EXACT, why_exact(self, node)).stored)
             else:
                 outputs.append(self.constant(value) if value in self.constants else self.values[value])
         return outputs
@@ -312,6 +325,13 @@ class Fold:
         order = sorted_by_use([s for s in self.order if s in alive or s.kind == "input"])
         self.ledger.arrange({node: i for i, node in enumerate(self.analysis.graph.fx.nodes)})
         return FoldedGraph(order, inputs, outputs, values, self.ledger, self.analysis.graph)
+
+
+def why_exact(fold: Fold, reader: fx.Node) -> str:
+    """Why a reader needs a value as the training graph has it."""
+    if reader.op == "output":
+        return "it is an output of the network"
+    return f"{name_of(reader) or reader.name} `{fold.label(reader)}` needs its exact value"
 
 
 def settled(inner: Affine, outer: Affine) -> Affine:

@@ -153,6 +153,11 @@ def _same(args: dict, constants: Constants, rank: int):
     return args.get("input", args.get("self")), Affine.identity(rank)
 
 
+def _single(args: dict, constants: Constants, rank: int):
+    """A concatenation of one tensor."""
+    return (args["tensors"][0], Affine.identity(rank)) if len(args["tensors"]) == 1 else None
+
+
 def _dropout(args: dict, constants: Constants, rank: int):
     return None if args.get("train", args.get("training")) else _same(args, constants, rank)
 
@@ -209,13 +214,14 @@ RULES: dict[str, Rule] = {
     "reshape": _same,
     "flatten": _same,
     "squeeze": _same,
+    "cat": _single,
 }
 
 #: Operators that are identities only when nothing about the tensor changes.
 _IF_UNCHANGED = frozenset({"expand", "expand_as", "view", "reshape", "flatten", "squeeze"})
 
 #: Operators of the ledger: folding these is what a user asked for; the others pass without a word.
-REPORTED = frozenset(name for name, rule in RULES.items() if rule not in (_same, _dropout))
+REPORTED = frozenset(name for name, rule in RULES.items() if rule not in (_same, _dropout, _single))
 
 
 def pending_rule(node: fx.Node, constants: Constants) -> tuple[fx.Node, Affine] | None:

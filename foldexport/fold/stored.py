@@ -22,6 +22,7 @@ from foldexport.fold.affine import Affine
 from foldexport.fold.conv import Conv
 
 MAX_CARRIED = 8  # ledger keys that a pending affine remembers; keeps a trunk of n scalars linear
+ROUNDING = 8 * 2.0**-53  # relative to the terms of a difference
 MAX_DEPTH = 48  # how far a retarget may travel upstream; keeps a chain of n open additions linear
 
 
@@ -106,12 +107,21 @@ def rebase(affine: Affine, change: Affine) -> tuple[Affine, Tensor | None]:
     lost = change.scale == 0
     if not bool(lost.any()):
         ratio = affine.scale / change.scale
-        return Affine(ratio, affine.shift - ratio * change.shift), None
+        return Affine(*torch.broadcast_tensors(ratio, difference(affine.shift, ratio * change.shift))), None
     known = lost & (affine.scale == 0)  # there v = t and s' = q, so v = s' + (t − q) says the same
     ratio = torch.where(known, 1.0, torch.where(lost, 0.0, affine.scale / torch.where(lost, 1.0, change.scale)))
-    shift = affine.shift - ratio * change.shift
+    shift = difference(affine.shift, ratio * change.shift)
     usable = ~lost | known
     return Affine(*torch.broadcast_tensors(ratio, shift)), None if bool(usable.all()) else usable
+
+
+def difference(x: Tensor, y: Tensor) -> Tensor:
+    """``x − y``, exactly zero where the two cancel but for rounding.
+
+    A maker that took ``q = β/k`` leaves ``β − k·q``, which is zero in exact arithmetic and must not cost an operator.
+    """
+    result = x - y
+    return torch.where(result.abs() <= ROUNDING * (x.abs() + y.abs()), 0.0, result)
 
 
 # ── handles: can the maker of s make p ⊙ s + q instead? ─────────────────────────────────────────────────────────────
@@ -147,12 +157,19 @@ def _affine(stored: Stored, change: Affine, depth: int) -> bool:
     return True
 
 
+def _shares(stored: Stored, change: Affine, taker: int) -> tuple[Affine, Affine]:
+    """What each operand of ``s₀ ± s₁`` has to become for ``p ⊙ s + q``: p on both, q on the taker, negated behind a minus."""
+    scale = _unshifted(change)
+    if taker == 0:
+        return change, scale
+    return scale, Affine(change.scale, -change.shift) if stored.attrs.get("minus") else change
+
+
 def _shift_operand(stored: Stored, change: Affine, depth: int) -> int | None:
     """Which operand of an addition takes the shift: the first that can, beside the scale on both."""
-    scale = _unshifted(change)
     for taker in (1, 0):
-        other = stored.inputs[1 - taker]
-        if _operand(stored.inputs[taker], change, depth) and _operand(other, scale, depth):
+        shares = _shares(stored, change, taker)
+        if all(_operand(operand, share, depth) for operand, share in zip(stored.inputs, shares, strict=True)):
             return taker
     return None
 
@@ -255,8 +272,8 @@ def _apply_norm(stored: Stored, change: Affine) -> None:
 
 def _apply_add(stored: Stored, change: Affine) -> None:
     taker = _shift_operand(stored, change, 0)
-    stored.inputs[taker].retarget(change)
-    stored.inputs[1 - taker].retarget(_unshifted(change))
+    for operand, share in zip(stored.inputs, _shares(stored, change, taker), strict=True):
+        operand.retarget(share)
 
 
 def _apply_clamp(stored: Stored, change: Affine) -> None:

@@ -1,0 +1,1 @@
+"""What a command shows: people on the console, programs in JSON."""

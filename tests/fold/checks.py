@@ -17,7 +17,7 @@ FREE = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze", "identit
 
 
 def operators(counts: dict[str, int]) -> Counter[str]:
-    """Operators by kind, without those of zero occurrences and without `FREE` ones; a transposition is a permutation."""
+    """Operators by kind, without absent and `FREE` ones; a transposition is a permutation."""
     found = Counter({kind: number for kind, number in counts.items() if number and kind not in FREE})
     found["permute"] += found.pop("transpose", 0)
     return +found

@@ -173,5 +173,6 @@ def result(layer: nn.Module, shapes: list[Shape]) -> Shape | None:
     except RuntimeError:
         return None
     shape = tuple(value.shape[1:])
-    fine = len(shape) == 3 and shape[0] % 2 == 0 and 2 <= shape[0] <= 12 and 2 <= min(shape[1:]) and max(shape[1:]) <= 16
-    return shape if fine else None
+    if len(shape) != 3 or shape[0] % 2 or not 2 <= shape[0] <= 12:
+        return None
+    return shape if 2 <= min(shape[1:]) and max(shape[1:]) <= 16 else None

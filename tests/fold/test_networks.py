@@ -57,6 +57,7 @@ def folded_network(row: Row, **statistics):
     module = randomise(build(), 0, example=probes, **statistics)
     folded = foldexport.fold(module, probes[:2])
     assert folded.certificate.ok
+    assert folded.certificate.folded32 <= 4
     return module, folded, probes
 
 
@@ -85,14 +86,17 @@ def test_no_batch_norm_and_no_scalar_is_left_before_pointwise_convolutions(name:
     assert noise_multiple(folded, module, probes) <= 4
 
 
-def test_tiny_gammas_before_padded_convolutions_leave_one_add_each_at_most():
-    """``relu(k x + t)`` with k = 1e-8 keeps a shift that zero padding must not meet: eight blocks begin so."""
+def test_tiny_gammas_before_padded_convolutions_leave_one_operator_each_at_most():
+    """``relu(k x + t)`` with k = 1e-8 has a shift that zero padding must not meet: eight blocks begin so.
+
+    An addition alone would have to add t / k, 1e8, and lose in float32 what it is added to: the batch norm stays.
+    """
     row = PREACTIVATION["preactivation_resnet18"]
     module, folded, probes = folded_network(row, zero=0.05, tiny=0.05)
     counts = operators(folded.counts_after)
-    assert not counts["batch_norm"] and not counts["mul"]
+    assert counts["mul"] == 0
     assert activations(counts)["activations"] == 17 and counts["conv"] == 20
-    assert counts["add"] <= 8 + 8
+    assert counts["batch_norm"] + counts["add"] <= 8 + 8
     assert sum(counts.values()) <= sum(operators(folded.counts_before).values())
     assert noise_multiple(folded, module, probes) <= 4
 

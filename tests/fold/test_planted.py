@@ -1,4 +1,4 @@
-"""A fold with a mistake in it does not pass: each kind of mistake, planted, is an `EquivalenceError` that names a layer."""
+"""A fold with a mistake in it does not pass: each mistake, planted, is an `EquivalenceError`."""
 
 from __future__ import annotations
 

@@ -76,6 +76,22 @@ def test_two_batch_norms_on_one_sum():
     check(Network(forward, **layers, **heads), conv=4, add=1, relu=2, clamp=1)
 
 
+def test_a_batch_norm_with_zero_gammas_that_two_read():
+    """A channel with gamma = 0 is the constant beta; the convolution's own value is lost there, and nobody reads it."""
+    def forward(net, x):
+        y = net.unit(x)
+        return y, net.next(y.relu()) + y
+
+    module = randomise(Network(forward, unit=conv_bn(8, 8), next=conv(8, 8)), 0, zero=0.2).double()
+    folded = fold64(module, SHAPE)
+    assert operators(folded.counts_after) == {"conv": 2, "relu": 1, "add": 1}
+    assert_same(folded, module, SHAPE)
+
+
+def test_the_difference_of_two_values_is_one_operator():
+    check(Network(lambda net, x: net.conv(x.relu() - x), conv=conv(8, 4)), relu=1, add=1, conv=1)
+
+
 def test_the_input_is_an_output():
     check(Network(lambda net, x: (x, net.unit(x)), unit=conv_bn(8, 8)), conv=1)
 

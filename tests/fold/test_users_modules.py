@@ -105,6 +105,16 @@ def test_the_folded_module_has_the_dtype_of_the_given_one(dtype: torch.dtype):
     assert folded.module(EXAMPLE.to(dtype)).dtype == dtype
 
 
+def test_a_module_without_weights_keeps_the_dtype_of_its_example():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return (x * 0.3).relu() + 0.1
+
+    example = EXAMPLE.double()
+    folded = foldexport.fold(Scaled().eval(), example)
+    assert relative_error(folded.module(example), Scaled()(example)) < 1e-14
+
+
 def test_a_chain_is_a_sequential_with_the_names_of_the_user():
     folded = foldexport.fold(small(), EXAMPLE)
     assert isinstance(folded.module, nn.Sequential)

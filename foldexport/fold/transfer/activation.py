@@ -21,6 +21,7 @@ from foldexport.fold.stored import Pending
 from foldexport.trace import bound
 
 INFINITY = math.inf
+MAX_ADDED = 2.0**100  # one that an addition of its own may restore: what matters is that float32 holds it
 MAX_SHIFT = 2.0**20  # a shift that an open maker may take for one reader alone; beyond that float32 range is at risk
 
 
@@ -82,9 +83,11 @@ def _prepared(fold: Fold, node: fx.Node, source: fx.Node, plain: bool) -> Pendin
     must_be_zero = fold.analysis.wish(node).wants_zero_shift
     if must_be_zero and bool((live & (affine.shift != 0)).any()):
         why = f"its shift meets the zero padding behind `{fold.label(node)}`"
-        scale = torch.where(live, affine.scale, 1.0)
-        need = _Targets([Affine(*torch.broadcast_tensors(scale, torch.zeros_like(affine.shift)))])
-        return fold.satisfy(pending, need, node, why)
+        # dead channels stay as they are: the bounds of the clamp make their constant
+        target = Affine(*torch.broadcast_tensors(affine.scale, torch.where(live, 0.0, affine.shift)))
+        if bool((live & (affine.shift.abs() > MAX_ADDED * affine.scale.abs())).any()):
+            return fold.satisfy(pending, EXACT, node, why)
+        return fold.satisfy(pending, _Targets([target]), node, why)
     return pending
 
 

@@ -66,7 +66,8 @@ def plain_sum(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> Pen
         total = Affine.of(first.affine.scale + second.affine.scale, first.affine.shift + second.affine.shift, first.affine.rank)
         return Pending(first.stored, total, first.epoch, (*first.carried, *second.carried))
     first, second, scale = equalised(fold, node, first, second)
-    stored = fold.emit(node, "add", [first.stored, second.stored])
+    minus = not _equal(first.affine.scale, second.affine.scale)
+    stored = fold.emit(node, "add", [first.stored, second.stored], minus=minus)
     shift = first.affine.shift + second.affine.shift
     return Pending.of(stored, Affine(*torch.broadcast_tensors(scale, shift)).compressed(), (*first.carried, *second.carried))
 
@@ -86,6 +87,8 @@ def equalised(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tup
         if target is not None and movable.stored.open and _able(movable, target):
             moved = _moved(fold, movable, target)
             return (moved, fixed, fixed.affine.scale) if swap else (fixed, moved, fixed.affine.scale)
+    if _equal(first.affine.scale, -second.affine.scale):
+        return first, second, first.affine.scale  # a subtraction
     return _restored(fold, node, first, second)
 
 

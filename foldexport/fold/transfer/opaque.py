@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from foldexport.fold.needs import EXACT
-from foldexport.fold.passes import Fold
+from foldexport.fold.passes import Fold, why_exact
 from foldexport.fold.pending import name_of
 from foldexport.fold.analysis import SHAPE_READERS
 
@@ -21,8 +21,7 @@ def opaque(fold: Fold, node: fx.Node) -> bool:
         if shape_only:
             given[operand] = fold.pending(operand).stored
             continue
-        why = f"{name_of(node) or node.name} `{fold.label(node)}` needs its exact value"
-        given[operand] = fold.demand(node, operand, EXACT, why).stored
+        given[operand] = fold.demand(node, operand, EXACT, why_exact(fold, node)).stored
     stored = fold.call(node, "opaque", given)
     value = node.meta.get("val")
     if isinstance(value, tuple | list):

@@ -1,0 +1,150 @@
+"""argv → command → exit code. No tensors here, and nothing heavy is imported before a command runs.
+
+``foldexport CHECKPOINT --to onnx`` is the main command; a first word that names one of the others runs that one instead
+(a checkpoint of such a name is passed as ``./inspect``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from foldexport import __version__
+from foldexport.commands.convert import convert
+from foldexport.commands.formats import formats
+from foldexport.commands.inspect import inspect
+from foldexport.commands.verify import verify
+from foldexport.errors import FoldexportError
+from foldexport.exporters import FORMATS
+
+#: The main command's options as its help groups them.
+SECTIONS = {
+    "Output": ("formats", "output", "overwrite", "dynamic", "precision", "opset", "input_names", "output_names", "fold"),
+    "Network": ("arch", "arch_args", "input_shapes", "use_ema", "trust_pickle"),
+    "Proof": ("data", "seed", "atol", "rtol", "device"),
+    "Talk": ("as_json", "quiet", "debug"),
+}
+OTHERS = ("inspect", "verify", "formats")
+HELP = ("-h", "--help")
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Commands(click.Group):
+    """A group whose main command needs no word; its help shows the main command's options and the other commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["foldexport.argv"] = ["foldexport", *args]
+        if args and args[0] not in (*OTHERS, *HELP, "--version"):
+            self._refuse_misspelt(ctx, args)
+            args = ["--help"] if any(word in HELP for word in before_dashes(args)) else [convert.name or "", *args]
+        return super().parse_args(ctx, args)
+
+    def _refuse_misspelt(self, ctx: click.Context, args: list[str]) -> None:
+        near = difflib.get_close_matches(args[0], OTHERS, n=1, cutoff=0.7)
+        if near and not os.path.exists(args[0]):
+            ctx.fail(f"{args[0]} is no file and no command; did you mean: foldexport {near[0]}?")
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(OTHERS)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "CHECKPOINT --to FORMAT[,FORMAT…] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "inspect | verify | formats …", prefix=" " * len("Usage: "))
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        convert.format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with click.Context(convert, parent=ctx) as inner:
+            records = {each.name: each.get_help_record(inner) for each in convert.params}
+        for title, names in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([record for name in names if (record := records[name])])
+        self.format_commands(ctx, formatter)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": list(HELP)})
+@click.version_option(__version__, prog_name="foldexport", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Replaced by the main command's help."""
+
+
+for each in (convert, inspect, verify, formats):
+    commands.add_command(each)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; errors are one or two lines on stderr."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with _polite():
+            code = commands.main(args=words or ["--help"], prog_name="foldexport", standalone_mode=False)
+    except click.exceptions.Abort:
+        return _failed(words, "interrupted; nothing was left behind.", INTERRUPTED)
+    except click.ClickException as error:
+        return _failed(words, _usage(error), 2, error)
+    except FoldexportError as error:
+        return _failed(words, _bug(error) if error.exit_code == 1 else str(error), error.exit_code, error)
+    except Exception as error:  # the last resort: whatever else is raised is a mistake in this program
+        return _failed(words, _bug(error), 1, error)
+    return code if isinstance(code, int) else 0
+
+
+def before_dashes(words: list[str]) -> list[str]:
+    """The words that can be options."""
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _usage(error: click.ClickException) -> str:
+    if isinstance(error, click.MissingParameter) and error.param is not None and error.param.name == "formats":
+        return f"which format? Pass --to {' or --to '.join(FORMATS)} (several with commas)."
+    return error.format_message()
+
+
+def _bug(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"this is a bug of ours: {what}\nRun with --debug and report what it prints."
+
+
+def _failed(words: list[str], message: str, code: int, error: BaseException | None = None) -> int:
+    options = before_dashes(words)
+    if "--debug" in options and error is not None:
+        traceback.print_exception(error)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    if "--json" in options:
+        from foldexport.report.terminal import write_json
+
+        kind = type(error).__name__ if error is not None else "Interrupted"
+        write_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": code}})
+    return code
+
+
+@contextmanager
+def _polite() -> Iterator[None]:
+    """Marks that a terminal's encoding lacks become "?"; a kill cleans up as Ctrl-C does."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: Any) -> None:
+    raise SystemExit(TERMINATED)

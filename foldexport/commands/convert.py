@@ -1,0 +1,71 @@
+"""The main command: ``foldexport CHECKPOINT --to onnx``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from foldexport.commands.options import Axes, Formats, network_options, output_options, question
+from foldexport.errors import UsageError
+from foldexport.exporters import FORMATS
+
+
+@click.command(short_help="Fold, prove and export a checkpoint.")
+@network_options
+@click.option("--to", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", required=True,
+              help=f"What to write: {', '.join(FORMATS)}; see foldexport formats.")  # fmt: skip
+@click.option("-o", "--output", metavar="PATH",
+              help="A folder, or a file name for one format. Default: beside the checkpoint.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--dynamic", type=Axes(), metavar="AXES",
+              help="Axes of any length: batch (default), batch,height,width, or none.")  # fmt: skip
+@click.option("--precision", default="fp32", metavar="TYPE", help="Of weights and arithmetic. Default: fp32.")
+@click.option("--opset", type=int, metavar="N", help="Of ONNX. Default: the newest that torch.onnx writes well.")
+@click.option("--input-name", "input_names", metavar="NAME", multiple=True, help="Default: input. Repeat for several.")
+@click.option("--output-name", "output_names", metavar="NAME", multiple=True, help="Default: output. Repeat for several.")
+@click.option("--no-fold", "fold", is_flag=True, flag_value=False, default=True, help="Write the training graph as it is.")
+@click.option("--atol", type=float, metavar="X", help="Allow an error of atol + rtol × the output's peak instead of 8 "
+              "times the network's own float32 noise.")  # fmt: skip
+@click.option("--rtol", type=float, metavar="X", help="See --atol.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
+              help="Where the training graph's own outputs are computed. Default: cpu.")  # fmt: skip
+@output_options
+def convert(**options: Any) -> None:
+    """Fold a trained convolutional network into plain convolutions, prove that nothing changed, and export it.
+
+    \b
+        foldexport net.pth --to onnx
+        foldexport net.pth --to onnx,torchscript -o build/
+        foldexport net.pth --to onnx --arch net.py:Net --input-shape 1x3x224x224
+
+    The architecture is recognised from the checkpoint's keys and shapes, or built by --arch. Every artifact is run in its
+    own runtime and compared with the training graph in float64 before any file is put in place.
+    """
+    from foldexport.report.terminal import Terminal
+
+    terminal = Terminal(options.pop("as_json"), options.pop("quiet"))
+    options.pop("debug")
+    with terminal.working() as progress:
+        from foldexport import pipeline
+
+        asked = question(options)
+        outcome = pipeline.convert(asked, _order(options), progress)
+    from foldexport.report import console, document
+
+    terminal.show(lambda screen: console.outcome(screen, outcome), document.outcome(outcome))
+
+
+def _order(options: dict[str, Any]) -> Any:
+    from foldexport.pipeline import Order
+    from foldexport.verify import Tolerance
+
+    atol, rtol = options.pop("atol"), options.pop("rtol")
+    for name, value in (("--atol", atol), ("--rtol", rtol)):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{name} {value}: wanted a number of 0 or more.")
+    tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
+    names = {key: tuple(options.pop(key)) or None for key in ("input_names", "output_names")}
+    formats = tuple(options.pop("formats"))
+    return Order(formats=formats, tolerance=tolerance, command=tuple(click.get_current_context().meta["foldexport.argv"]), **names, **options)

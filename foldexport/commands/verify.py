@@ -1,0 +1,38 @@
+"""``foldexport verify MANIFEST``: an exported set proved again, on the machine where it will work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from foldexport.commands.options import FILE, Formats, output_options
+from foldexport.errors import EquivalenceError
+from foldexport.exporters import Format
+
+
+@click.command(short_help="Prove exported files again, on the machine where they will work.")
+@click.argument("manifest", type=FILE)
+@click.option("--format", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", help="Only these. Default: all in the manifest.")
+@output_options
+def verify(manifest: Path, formats: Sequence[Format] | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Check the files beside NAME.manifest.json: their SHA-256, and their outputs on the manifest's golden inputs.
+
+    Exits 4 where one differs, 5 where a runtime is not installed.
+    """
+    from foldexport.report.terminal import Terminal
+
+    terminal = Terminal(as_json, quiet)
+    with terminal.working() as progress:
+        from foldexport import recheck
+
+        checked = recheck.recheck(manifest, formats or (), progress)
+    from foldexport.report import console, document
+
+    terminal.show(lambda screen: console.checked(screen, checked), document.checked(checked))
+    try:
+        recheck.require(checked)
+    except EquivalenceError as error:
+        terminal.complain(error)
+        raise click.exceptions.Exit(error.exit_code) from error
