@@ -61,14 +61,15 @@ def build(
 
 def describe(question: Question, study: Study) -> dict[str, Any]:
     """What was found in the checkpoint and what the fold did: the part that ``inspect`` shows too."""
-    network = study.network
+    network, arch = study.network, without_folders(question.arch or "")
+    reason = network.reason.replace(question.arch, arch) if question.arch else network.reason
     certificate = study.certificate.to_dict() if study.certificate else None
     (certificate or {}).pop("seconds", None)
     return plain({
         "checkpoint": network.source,
         "architecture": {
-            "name": network.name, "description": network.description, "recognised_by": without_folders(network.reason),
-            "arch": without_folders(question.arch) if question.arch else None, "arch_args": question.arch_args,
+            "name": network.name, "description": network.description, "recognised_by": reason,
+            "arch": arch or None, "arch_args": question.arch_args,
             "num_classes": network.num_classes, "notes": network.notes,
         },
         "preprocessing": network.preprocessing,
@@ -136,7 +137,7 @@ def versions() -> dict[str, str]:
 
 def without_folders(word: str) -> str:
     """The word with every path in it cut to its last part: ``--arch=/home/me/net.py:Net`` → ``--arch=net.py:Net``."""
-    return re.sub(rf"[^\s=:,]*{re.escape(os.sep)}+([^\s=:,{re.escape(os.sep)}]+){re.escape(os.sep)}?", r"\1", word)
+    return re.sub(r"[^=:,]+", lambda part: Path(part[0]).name if os.sep in part[0] else part[0], word)
 
 
 def plain(value: Any) -> Any:

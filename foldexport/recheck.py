@@ -70,19 +70,22 @@ def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict
     entries = document["artifacts"]
     try:
         found = [entry for entry in entries if not names or entry["format"] in names]
-        whole = all(isinstance(each["name"], str) and isinstance(each["sha256"], str) for e in found for each in e["files"])
-        if not whole or not all(isinstance(entry["file"], str) for entry in found):
-            raise TypeError
-        # A manifest names files beside it, nothing else.
-        outside = [each["name"] for entry in found for each in entry["files"] if Path(each["name"]).name != each["name"]]
-    except (KeyError, TypeError) as error:
+        for entry in found:
+            _require_whole(path, entry)
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its list of artifacts was not written by foldexport, or was cut.") from error
-    if outside:
-        raise CheckpointError(f"{path}: names {outside[0]}, which is not a file beside it.")
     if not found:
         there = ", ".join(str(entry["format"]) for entry in entries) or "no artifacts"
         raise UsageError(f"{path}: has {there}, not {', '.join(names)}." if names else f"{path}: has {there}.")
     return found
+
+
+def _require_whole(path: Path, entry: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the entry names files beside the manifest, and nothing else."""
+    digests = {each["name"]: each["sha256"] for each in entry["files"]}
+    outside = [name for name in digests if Path(name).name != name]
+    if outside or entry["file"] not in digests:
+        raise CheckpointError(f"{path}: names {(outside or [entry['file']])[0]}, which is not one of the files beside it.")
 
 
 def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock) -> Checked:

@@ -7,6 +7,7 @@ grants the wishes of pass 1, and meets a consumer's demand in this order: (1) an
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -398,4 +399,39 @@ def fold_graph(graph: Graph, max_sigma: float = MAX_SIGMA) -> FoldedGraph:
     from foldexport.fold.transfer import TRANSFER, opaque
 
     constants = Constants(graph)
-    return Fold(analyse(graph, constants, max_sigma)).run(TRANSFER, opaque)
+    analysis = analyse(graph, constants, max_sigma)
+    folded = Fold(analysis).run(TRANSFER, opaque)
+    dear = costly_copies(folded.order)
+    return Fold(analysis, pinned=dear).run(TRANSFER, opaque) if dear else folded
+
+
+def costly_copies(order: list[Stored]) -> frozenset[str]:
+    """Shared parameters whose folded copies would cost more bytes than folding them saves.
+
+    A copy costs the bytes of the weight; folding one call saves what a batch norm would move, its operand in and out.
+    """
+    calls: dict[str, list[Stored]] = {}
+    for stored in order:
+        if stored.kind == "conv" and stored.attrs.get("shared"):
+            calls.setdefault(stored.attrs["shared"], []).append(stored)
+    dear = set()
+    for name, users in calls.items():
+        kinds = _distinct([s.conv for s in users])
+        saved = sum(2 * math.prod(s.shape[1:]) for s in users)
+        if kinds > 1 and (kinds - 1) * users[0].conv.n_weights() > saved:
+            dear.add(name)
+    return frozenset(dear)
+
+
+def _distinct(convs: list) -> int:
+    """How many different sets of folded weights there are."""
+    groups: list = []
+    for conv in convs:
+        if not any(_alike(conv, other) for other in groups):
+            groups.append(conv)
+    return len(groups)
+
+
+def _alike(a, b) -> bool:
+    pairs = ((a.in_scale, b.in_scale), (a.out_scale, b.out_scale), (a.bias, b.bias))
+    return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

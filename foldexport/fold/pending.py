@@ -6,6 +6,7 @@ the operator is something else here (two variables, a constant that enlarges the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -224,13 +225,24 @@ _IF_UNCHANGED = frozenset({"expand", "expand_as", "view", "reshape", "flatten", 
 REPORTED = frozenset(name for name, rule in RULES.items() if rule not in (_same, _dropout, _single))
 
 
+def _maker(node: fx.Node) -> fx.Node:
+    """The batch norm behind its first result: the core ATen forms return ``(output, mean, rstd)``."""
+    if node.target is operator.getitem and node.args[1] == 0 and name_of(node.args[0]) in _WITH_STATISTICS:
+        return node.args[0]
+    return node
+
+
+_WITH_STATISTICS = frozenset({"native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update"})
+
+
 def pending_rule(node: fx.Node, constants: Constants) -> tuple[fx.Node, Affine] | None:
     """``(operand, outer)`` for an operator that emits nothing, else None."""
-    rule = RULES.get(name_of(node))
+    maker = _maker(node)
+    rule = RULES.get(name_of(maker))
     if rule is None or not is_float(node):
         return None
     shape = shape_of(node)
-    found = rule(bound(node), constants, len(shape))
+    found = rule(bound(maker), constants, len(shape))
     if found is None or not is_float(found[0]) or found[0] in constants:
         return None
     if name_of(node) in _IF_UNCHANGED and shape_of(found[0]) != shape:

@@ -40,6 +40,8 @@ def outcome(screen: Console, done: Outcome) -> None:
     for artifact in done.artifacts:
         if artifact.comparison:
             proof(screen, artifact.comparison)
+    for name in done.manifest["probes_left_out"]:
+        _sentence(screen, "", [f"probe {name} left out: the training graph itself is imprecise on it in float32"], "dim")
     screen.print()
     _files(screen, done)
     screen.print()

@@ -13,7 +13,7 @@ from foldexport.fold import conv as algebra
 from foldexport.fold.constants import is_parameter
 from foldexport.fold.conv import Conv
 from foldexport.fold.merge import is_pointwise, merge_composition
-from foldexport.fold.needs import AlongAxis, ZeroShift
+from foldexport.fold.needs import EXACT, AlongAxis, ZeroShift
 from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of, shape_of
 from foldexport.fold.pooling import per_axis
@@ -105,6 +105,9 @@ def _padding(args: dict, weight: Tensor) -> tuple[tuple[int, int], ...]:
 
 def absorb(fold: Fold, node: fx.Node, source: fx.Node, conv: Conv, axis: int, shared: str | None) -> None:
     """Emit ``conv`` with the pending affine of its operand folded in, merged with what is linear in front of it."""
+    if shared in fold.pinned:
+        _keep_shared(fold, node, source, conv, shared)
+        return
     pending = fold.pending(source)
     merged = merge_composition(pending, conv)
     if merged.conv is not None:
@@ -128,6 +131,16 @@ def absorb(fold: Fold, node: fx.Node, source: fx.Node, conv: Conv, axis: int, sh
     conv, stored_source = _through_pad(conv, pending)
     fold.put(node, _emit(fold, node, stored_source, _absorbed(conv, pending, axis), shared))
     fold.absorbed(pending.carried, label)
+
+
+def _keep_shared(fold: Fold, node: fx.Node, source: fx.Node, conv: Conv, shared: str) -> None:
+    """A layer called several times whose copies would cost more than folding saves: it stays one layer, as it is."""
+    reason = f"its weight {shared} is shared by several calls, and a copy for each would cost more bytes than it saves"
+    pending = fold.demand(node, source, EXACT, f"`{fold.label(node)}` keeps one weight for several calls")
+    fold.ledger.kept(("shared", node), fold.label(node), name_of(node), reason)
+    stored = _emit(fold, node, pending.stored, conv, shared)
+    stored.fixed = True
+    fold.put(node, stored)
 
 
 def _absorbed(conv: Conv, pending: Pending, axis: int) -> Conv:
