@@ -21,7 +21,7 @@ from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.passes import FoldedGraph, fold_graph
 from foldexport.fold.pending import name_of
-from foldexport.fold.rebuild import in_dtype, rebuild
+from foldexport.fold.rebuild import Rebuilt, in_dtype, rebuild
 from foldexport.interpret import random_nodes
 from foldexport.probes import make, noise_probes
 from foldexport.trace import Graph, trace
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from foldexport.artifact import Artifact
 
 RETRY_ABOVE = 8.0  # multiples of the network's own float32 noise above which the fold is tried with fewer absorptions
+#: Views of the same memory.
+FREE = frozenset({"flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten", "expand", "identity"})
 #: Operators of the training graph that are not counted: they move or name values, or read sizes.
 UNCOUNTED = frozenset({"dropout", "feature_dropout", "alias", "clone", "contiguous", "detach", "to", "_to_copy", "sym_size", ""})
 
@@ -82,15 +84,15 @@ def fold(
         check_deterministic(graph)
         check_finite(graph)
     dtype = weights_dtype(graph)
+    before = count_operators(graph)
     for max_sigma in (MAX_SIGMA, 0.0):
         tell("fold")
         with _timed(seconds, "fold"), torch.no_grad():
-            folded = fold_graph(graph, max_sigma)
-            rebuilt = rebuild(folded)
+            folded, rebuilt = _fold_without_growth(graph, max_sigma, before)
         certificate = None
         if certify:
             with _timed(seconds, "certify"):
-                certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data),
+                certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data), module=module,
                                     noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
             certificate.require()
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
@@ -100,8 +102,9 @@ def fold(
         result = rebuilt.to(dtype)
     return Folded(
         module=result, ledger=folded.ledger, certificate=certificate, source=module, graph=graph,
-        example=(example,) if isinstance(example, Tensor) else tuple(example), input_names=list(graph.input_names), output_names=_output_names(folded),
-        counts_before=count_operators(graph), counts_after=rebuilt.counts, seconds=seconds,
+        example=(example,) if isinstance(example, Tensor) else tuple(example),
+        input_names=list(graph.input_names), output_names=_output_names(folded),
+        counts_before=before, counts_after=rebuilt.counts, seconds=seconds,
     )  # fmt: skip
 
 
@@ -116,8 +119,8 @@ def load(
     """The network that a checkpoint holds, in eval mode, recognised by its keys and shapes or built by ``arch``.
 
     arch: a name of the zoo, ``package.module:callable`` or ``path/file.py:callable``; arch_args: its arguments.
-    trust_pickle: open pickles with code in them, which then runs. use_ema: take the averaged weights (True), never (False),
-    or only where there are no others.
+    trust_pickle: open pickles with code in them, which then runs. use_ema: take the averaged weights (True), never
+    (False), or only where there are no others.
 
     Raises CheckpointError (unreadable, not recognised, does not fit, damaged) and UsageError (``arch`` cannot be used).
     """
@@ -140,11 +143,12 @@ def export(
 ) -> Artifact:
     """Write a folded network to ``path``, run the file in its own runtime, and put it in place if it computes the same.
 
-    format: "onnx", "torchscript" or an alias. opset: of ONNX. dynamic: axes left free, any of "batch", "height", "width";
-    by default the batch where the network allows it. The artifact is in float32 whatever the module is in.
+    format: "onnx", "torchscript" or an alias. opset: of ONNX. dynamic: axes left free, any of "batch", "height" and
+    "width"; by default the batch where the network allows it. The artifact is in float32 whatever the module is in.
 
-    Returns the artifact with its ``path`` and ``comparison``. Raises UsageError (an unknown format, an existing path, what
-    the format cannot write), MissingDependencyError, and EquivalenceError, with nothing written, where the proof fails.
+    Returns the artifact with its ``path`` and ``comparison``. Raises UsageError (an unknown format, an existing path,
+    what the format cannot write), MissingDependencyError, and EquivalenceError, with nothing written, where the proof
+    fails.
     """
     from foldexport import artifact, exporters
     from foldexport.exporters.options import ExportOptions
@@ -165,6 +169,24 @@ def export(
         exporter, module, example, path, options,
         prove=lambda file: require(expected.compare(exporter, file, module)), overwrite=overwrite,
     )  # fmt: skip
+
+
+def _fold_without_growth(graph: Graph, max_sigma: float, before: dict[str, int]) -> tuple[FoldedGraph, Rebuilt]:
+    """Fold; where restored operators came out more than those folded, the affines behind them stay where they stand."""
+    folded = fold_graph(graph, max_sigma)
+    rebuilt = rebuild(folded)
+    if costing(rebuilt.counts) > costing(before) and folded.undone:
+        folded = fold_graph(graph, max_sigma, folded.undone)
+        rebuilt = rebuild(folded)
+    if costing(rebuilt.counts) > costing(before):
+        folded = fold_graph(graph, max_sigma, frozenset(graph.fx.nodes))
+        rebuilt = rebuild(folded)
+    return folded, rebuilt
+
+
+def costing(counts: Mapping[str, int]) -> int:
+    """How many operators do work: views of the same memory do not."""
+    return sum(number for kind, number in counts.items() if kind not in FREE)
 
 
 class _timed:

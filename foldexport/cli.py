@@ -28,7 +28,17 @@ from foldexport.exporters import FORMATS
 
 #: The main command's options as its help groups them.
 SECTIONS = {
-    "Output": ("formats", "output", "overwrite", "dynamic", "precision", "opset", "input_names", "output_names", "fold"),
+    "Output": (
+        "formats",
+        "output",
+        "overwrite",
+        "dynamic",
+        "precision",
+        "opset",
+        "input_names",
+        "output_names",
+        "fold",
+    ),
     "Network": ("arch", "arch_args", "input_shapes", "use_ema", "trust_pickle"),
     "Proof": ("data", "seed", "atol", "rtol", "device"),
     "Talk": ("as_json", "quiet", "debug"),

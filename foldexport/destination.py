@@ -28,7 +28,7 @@ class Destination:
 
 
 def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format]) -> Destination:
-    """``NAME.onnx``, … and ``NAME.manifest.json`` beside the checkpoint, in the folder ``output``, or at the file ``output``.
+    """``NAME.onnx``, … and ``NAME.manifest.json``: beside the checkpoint, in the folder or at the file ``output``.
 
     ``output`` is a folder where it is one, ends with a separator or has no suffix; such a folder may be made. Raises
     UsageError for a file that is to hold several formats, or that is named as another format is.
@@ -41,7 +41,9 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
     path = Path(output)
     if len(formats) > 1:
         asked = ", ".join(row.name for row in formats)
-        raise UsageError(f"-o {path} names one file, but {len(formats)} formats are asked for ({asked}): name a folder.")
+        raise UsageError(
+            f"-o {path} names one file, but {len(formats)} formats are asked for ({asked}): name a folder."
+        )
     others = [row for row in FORMATS.values() if path.name.endswith(row.suffix) and row is not formats[0]]
     if others and not path.name.endswith(formats[0].suffix):
         raise UsageError(f"-o {path} is named as {others[0].name}, but --to asks for {formats[0].name}.")
@@ -75,7 +77,8 @@ def made(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}. Choose another with -o.") from error
+        reason = error.strerror or error
+        raise UsageError(f"cannot make the folder {folder}: {reason}. Choose another with -o.") from error
     try:
         yield
     finally:

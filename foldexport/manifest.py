@@ -1,4 +1,4 @@
-"""``NAME.manifest.json``: what an export was made from, what was proved, and the golden inputs to prove it again elsewhere.
+"""``NAME.manifest.json``: what an export was made from, what was proved, and golden inputs to prove it again elsewhere.
 
 Keys have one order and nothing in it depends on the day, the folder or the user; ``seconds`` alone differ between runs.
 """
@@ -86,7 +86,9 @@ def artifact_record(artifact: Artifact) -> dict[str, Any]:
     return {
         "format": artifact.format,
         "file": artifact.path.name,
-        "files": [{"name": name, "sha256": artifact.sha256[name], "size_bytes": artifact.size_bytes[name]} for name in names],
+        "files": [
+            {"name": name, "sha256": artifact.sha256[name], "size_bytes": artifact.size_bytes[name]} for name in names
+        ],
         "notes": artifact.notes,
         "comparison": artifact.comparison.to_dict() if artifact.comparison else None,
     }
@@ -161,15 +163,18 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: there is no such file; wanted NAME.manifest.json, which an export leaves.") from error
+        raise UsageError(f"{path}: no such file; wanted NAME.manifest.json, which an export leaves.") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); wanted NAME.manifest.json.") from error
     except ValueError as error:  # not UTF-8, or not JSON
-        raise UsageError(f"{path}: is not a manifest (no JSON: {str(error)[:80]}); wanted NAME.manifest.json.") from error
+        raise UsageError(f"{path}: is not a manifest ({str(error)[:80]}); wanted NAME.manifest.json.") from error
     missing = [key for key in NEEDED if key not in document] if isinstance(document, dict) else list(NEEDED)
     if missing:
-        raise UsageError(f"{path}: is not a manifest of foldexport (it has no {', '.join(missing)}); wanted NAME.manifest.json.")
+        lacks = ", ".join(missing)
+        raise UsageError(f"{path}: is not a manifest of foldexport (it has no {lacks}); wanted NAME.manifest.json.")
     if document["foldexport"].get("schema", 0) > SCHEMA:
         written = document["foldexport"].get("version")
-        raise UsageError(f"{path}: was written by foldexport {written}, which is newer than this one ({__version__}): upgrade it.")
+        raise UsageError(
+            f"{path}: was written by foldexport {written}, which is newer than {__version__} here: upgrade."
+        )
     return document

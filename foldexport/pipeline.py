@@ -6,7 +6,6 @@ Nothing is put in place before the last proof held, and then everything is, the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,10 @@ def inspect(question: Question, progress: Progress | None = None) -> Study:
 
 
 def convert(question: Question, order: Order, progress: Progress | None = None) -> Outcome:
-    """The main command. Raises a FoldexportError, with nothing left behind, when any stage refuses or any proof fails."""
+    """The main command.
+
+    Raises a FoldexportError, with nothing left behind, when any stage refuses or any proof fails.
+    """
     clock = Clock(progress)
     places = destination.plan(question.checkpoint, order.output, order.formats)
     _refuse_early(question, order, places)
@@ -93,7 +95,8 @@ def _refuse_early(question: Question, order: Order, places: destination.Destinat
     if order.precision not in KNOWN_PRECISIONS:
         raise UsageError(f"--precision {order.precision}: wanted {', '.join(PRECISIONS)}.")
     if order.precision not in PRECISIONS:
-        raise PrecisionError(f"--precision {order.precision}: no format is written in it yet; there is {', '.join(PRECISIONS)}.")
+        there = ", ".join(PRECISIONS)
+        raise PrecisionError(f"--precision {order.precision}: no format is written in it; there is {there}.")
     if order.opset is not None and all(row.name != "onnx" for row in order.formats):
         raise UsageError(f"--opset {order.opset}: is for onnx, which --to does not name.")
     ExportOptions(order.input_names, order.output_names, order.opset, order.dynamic or ())
@@ -111,12 +114,19 @@ def _options(order: Order, found: Study) -> ExportOptions:
         batch = found.graph.example[0].shape[0]
         raise UsageError(f"--dynamic batch: the network works at a batch of {batch} only; pass --dynamic none.")
     if order.dynamic is None and not free:
-        found.network.notes.append(f"the network fixes its batch at {found.graph.example[0].shape[0]}, so the files do too")
+        batch = found.graph.example[0].shape[0]
+        found.network.notes.append(f"the network fixes its batch at {batch}, so the files do too")
     return ExportOptions(order.input_names, order.output_names, order.opset, dynamic, order.precision)
 
 
 def _export(
-    row: Format, path: Path, found: Study, options: ExportOptions, expected: Reference, tolerance: Tolerance | None, clock: Clock
+    row: Format,
+    path: Path,
+    found: Study,
+    options: ExportOptions,
+    expected: Reference,
+    tolerance: Tolerance | None,
+    clock: Clock,
 ) -> Artifact:
     """Write one format and run it in its own runtime. Raises EquivalenceError where it computes something else."""
     exporter = exporters.exporter(row)

@@ -1,7 +1,7 @@
 """``foldexport verify``: an exported set proved again, on the machine where it will work.
 
-Every artifact beside the manifest must be the file that was exported, by its SHA-256, and must still compute the training
-graph's outputs on the golden inputs, in the runtime that is installed here.
+Every artifact beside the manifest must be the file that was exported, by its SHA-256, and must still compute the
+training graph's outputs on the golden inputs, in the runtime that is installed here.
 """
 
 from __future__ import annotations
@@ -39,15 +39,21 @@ class Checked:
         return not self.reason
 
     def to_dict(self) -> dict[str, Any]:
-        record = {"format": self.format, "file": self.file, "ok": self.ok, "reason": self.reason, "changed": self.changed}
+        record = {
+            "format": self.format,
+            "file": self.file,
+            "ok": self.ok,
+            "reason": self.reason,
+            "changed": self.changed,
+        }
         return record | {"comparison": self.comparison.to_dict() if self.comparison else None}
 
 
 def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None = None) -> list[Checked]:
     """Check every artifact of the manifest at ``path``, or those of some formats.
 
-    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (the runtime is not installed).
-    A mismatch is a finding, see :func:`require`.
+    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (a runtime that is not
+    installed). A mismatch is a finding, see :func:`require`.
     """
     clock, document = Clock(progress), manifest.read(path)
     entries = _chosen(path, document, [row.name for row in only])
@@ -55,7 +61,8 @@ def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None =
         exporters.require_installed(exporters.get(entry["format"]))
         for each in entry["files"]:
             if not (path.parent / each["name"]).is_file():
-                raise UsageError(f"{each['name']} is not beside {path}: copy it there, or name the formats to check with --format.")
+                name = each["name"]
+                raise UsageError(f"{name} is not beside {path}: copy it there, or pass --format with the others.")
     return [_check(path.parent, entry, document, clock) for entry in entries]
 
 
@@ -85,7 +92,8 @@ def _require_whole(path: Path, entry: dict[str, Any]) -> None:
     digests = {each["name"]: each["sha256"] for each in entry["files"]}
     outside = [name for name in digests if Path(name).name != name]
     if outside or entry["file"] not in digests:
-        raise CheckpointError(f"{path}: names {(outside or [entry['file']])[0]}, which is not one of the files beside it.")
+        name = (outside or [entry["file"]])[0]
+        raise CheckpointError(f"{path}: names {name}, which is not one of the files beside it.")
 
 
 def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock) -> Checked:
@@ -94,7 +102,8 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     clock.tell(f"check {entry['file']}")
     found.changed = [each["name"] for each in entry["files"] if sha256(folder / each["name"]) != each["sha256"]]
     if found.changed:
-        found.reason = f"SHA-256 of {', '.join(found.changed)} differs from the manifest's; copy it again, or export again"
+        names = ", ".join(found.changed)
+        found.reason = f"SHA-256 of {names} differs from the manifest's; copy it again, or export again"
         return found
     if document["golden"] is None:
         return found
@@ -103,7 +112,11 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     tolerance = Tolerance(**given) if given else None
     clock.tell(f"run {entry['file']} in {exporter.runtime()}")
     comparison = check_golden(
-        document["golden"], exporter.load(folder / entry["file"]), format=row.name, label=exporter.runtime(), tolerance=tolerance
+        document["golden"],
+        exporter.load(folder / entry["file"]),
+        format=row.name,
+        label=exporter.runtime(),
+        tolerance=tolerance,
     )
     found.comparison = comparison
     found.reason = "" if comparison.ok else comparison.message

@@ -1,7 +1,7 @@
 """What artifacts are compared with: the training graph's outputs in float64, computed once for all formats.
 
-Inputs are the golden ones (batches of one and three, kept in the manifest), the certificate's uniform, constant and impulse
-probes, the user's data, and more normal samples as far as they are cheap, so that top-1 agreement means something.
+Inputs are the golden ones (batches of one and three, kept in the manifest), the certificate's uniform, constant and
+impulse probes, the user's data, and as many more normal samples as are cheap, so that top-1 agreement means something.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def reference(
 
     if _drawn_from_seed(graph, example):
         shapes = [list(value.shape) for value in example]
-        found.golden = golden(record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names)
+        found.golden = golden(
+            record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names
+        )
     for name, inputs in _further(graph, options, data, seed, _samples(multiply_adds), found.golden is not None):
         record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
         if name in SPECIAL and not _rounds_as_usual(graph, found, places):
@@ -137,7 +139,9 @@ def _further(
     if data is not None:
         found += [("data", inputs) for inputs in _chunks(graph, data)]
     if samples:
-        draws = (probes.noise_probes(graph, seed=seed + 8 * (1 + more)) for more in range(samples // probes.NOISE_SAMPLES))
+        draws = (
+            probes.noise_probes(graph, seed=seed + 8 * (1 + more)) for more in range(samples // probes.NOISE_SAMPLES)
+        )
         found += [("normal", probe.inputs) for draw in draws for probe in draw]
     return found
 
@@ -157,7 +161,10 @@ def _chunks(graph: Graph, data: Sequence[np.ndarray]) -> list[tuple]:
     tensors = [value.double() if value.is_floating_point() else value for value in tensors]
     count = min(len(value) for value, batched in zip(tensors, axes, strict=True) if batched)
     return [
-        tuple(value[at : min(at + CHUNK, count)] if batched else value for value, batched in zip(tensors, axes, strict=True))
+        tuple(
+            value[at : min(at + CHUNK, count)] if batched else value
+            for value, batched in zip(tensors, axes, strict=True)
+        )
         for at in range(0, count, CHUNK)
     ]
 

@@ -37,7 +37,8 @@ def _arrays(path: Path) -> list[np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = [archive[name] for name in archive.files]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--data {path}: cannot be read as .npz ({str(error).splitlines()[0]}); wanted {WANTED}.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--data {path}: cannot be read as .npz ({reason}); wanted {WANTED}.") from error
     if not arrays:
         raise UsageError(f"--data {path}: holds no arrays; wanted {WANTED}.")
     for array in arrays:
@@ -73,7 +74,8 @@ def _image(path: Path, preprocessing: Mapping[str, Any]) -> np.ndarray:
 def as_input(image: Any, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """An RGB picture as the network reads it, ``[3, H, W]`` float32, as timm's evaluation transform makes it.
 
-    The shorter side goes to ``floor(size / crop_pct)``, the centre ``H×W`` is cut out, and ``(pixel/255 − mean) / std`` is taken.
+    The shorter side goes to ``floor(size / crop_pct)``, the centre ``H×W`` is cut out, and ``(pixel/255 − mean) / std``
+    is taken.
     """
     from PIL import Image
 
@@ -83,8 +85,8 @@ def as_input(image: Any, preprocessing: Mapping[str, Any]) -> np.ndarray:
     factor = max(wide / image.width, high / image.height)
     size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
     if size != image.size:
-        how = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-        image = image.resize(size, how.get(str(preprocessing.get("interpolation")), Image.Resampling.BILINEAR))
+        how = str(preprocessing.get("interpolation", "")).upper()
+        image = image.resize(size, getattr(Image.Resampling, how, Image.Resampling.BILINEAR))
     left, top = (image.width - width) // 2, (image.height - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0
     mean, std = (np.asarray(preprocessing[name], dtype=np.float32) for name in ("mean", "std"))

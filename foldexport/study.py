@@ -89,7 +89,10 @@ class Clock:
 
 
 def study(question: Question, clock: Clock) -> Study:
-    """Read, recognise, trace, fold and certify. Raises what those stages raise, and UsageError for inputs that do not fit."""
+    """Read, recognise, trace, fold and certify.
+
+    Raises what those stages raise, and UsageError for inputs that do not fit.
+    """
     with clock.stage("read"):
         network = recognise(
             question.checkpoint, arch=question.arch, arch_args=question.arch_args,
@@ -97,7 +100,9 @@ def study(question: Question, clock: Clock) -> Study:
         )  # fmt: skip
         data = samples.load(question.data, network.preprocessing) if question.data else None
         example = example_inputs(network, question, data)
-    return _folded(network, example, data, question.seed, clock) if question.fold else _plain(network, example, data, clock)
+    if not question.fold:
+        return _plain(network, example, data, clock)
+    return _folded(network, example, data, question.seed, clock)
 
 
 def _folded(network: Network, example: tuple, data: list | None, seed: int, clock: Clock) -> Study:
@@ -119,8 +124,8 @@ def _plain(network: Network, example: tuple, data: list | None, clock: Clock) ->
         api.check_deterministic(graph)
         api.check_finite(graph)
         before = costs.of_graph(graph, network.module, api.count_operators(graph))
-    halved = api.weights_dtype(graph) != torch.float32
-    module = copy.deepcopy(network.module).float() if halved else network.module
+    wide = api.weights_dtype(graph) != torch.float32
+    module = copy.deepcopy(network.module).float() if wide else network.module
     return Study(network, module, graph, _as_float32(example), data, before, None, None, None, {}, clock.seconds)
 
 
@@ -155,7 +160,8 @@ def _require_same_shapes(shapes: tuple, data: list[np.ndarray], path: Path | Non
     wanted = ["x".join(map(str, shape[1:])) for shape in shapes]
     found = ["x".join(map(str, array.shape[1:])) for array in data]
     if wanted != found:
-        raise UsageError(f"--data {path}: samples are {', '.join(found)}, the network's input is {', '.join(wanted)}; pass --input-shape.")
+        seen, known = ", ".join(found), ", ".join(wanted)
+        raise UsageError(f"--data {path}: samples are {seen}, the network's input is {known}; pass --input-shape.")
 
 
 def evaluated_weights(graph: Graph) -> dict[str, int]:
@@ -164,7 +170,8 @@ def evaluated_weights(graph: Graph) -> dict[str, int]:
     found: Counter[str] = Counter()
     for node in graph.fx.nodes:
         reads = node.args[1] if node.op == "call_function" and len(node.args) > 1 and node not in constants else None
-        if isinstance(reads, fx.Node) and reads in constants and reads.op == "call_function" and reads.meta["val"].dim() > 1:
+        made = isinstance(reads, fx.Node) and reads.op == "call_function" and reads in constants
+        if made and reads.meta["val"].dim() > 1:
             found[node.meta.get("module_type") or "function"] += 1
     return dict(found)
 

@@ -23,7 +23,9 @@ from torch import nn
 
 class Net(nn.Sequential):
     def __init__(self, width=4):
-        super().__init__(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 6, 1), nn.Flatten(2))
+        super().__init__(
+            nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 6, 1), nn.Flatten(2)
+        )
 """
 
 

@@ -56,8 +56,12 @@ def test_help_and_version_import_nothing_heavy(words):
 def test_help_names_every_command_and_option():
     shown = foldexport("--help").out
     assert foldexport().out == shown and foldexport("net.pth", "--help").out == shown
-    options = "--to -o, --output --arch --arch-arg --input-shape --dynamic --precision --opset --device --no-fold --data --seed"
-    options += " --atol --rtol --json --quiet --overwrite --trust-pickle --ema --debug --input-name --output-name"
+    options = (
+        "--to -o, --output --arch --arch-arg --input-shape --dynamic --precision --opset --device --no-fold --data"
+    )
+    options += (
+        " --seed --atol --rtol --json --quiet --overwrite --trust-pickle --ema --debug --input-name --output-name"
+    )
     for word in [*options.replace(",", "").split(), "inspect", "verify", "formats"]:
         assert word in shown, word
     assert "bench" not in shown and "--chain" not in shown
@@ -107,7 +111,8 @@ def test_formats_tells_what_to_install(monkeypatch):
 def test_closed_pipe_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "foldexport", "formats"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "foldexport", "formats"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert "Traceback" not in done.stderr and "bug" not in done.stderr
 
@@ -119,8 +124,9 @@ def test_golden_path_files_and_console(exported):
     folder, result = exported
     assert files(folder) == ["small.manifest.json", "small.onnx", "small.pth", "small.torchscript.pt"]
     for words in (
-        "small.pth is DiracNet v2, CIFAR, depth 10", "recognised by", "params + stats", "7 batch norms folded into 7 layers",
-        "6 DiracConv2d weights evaluated", "✓ float64", "✓ onnx", f"onnxruntime {onnxruntime.__version__}", "✓ torchscript",
+        "small.pth is DiracNet v2, CIFAR, depth 10", "recognised by", "params + stats",
+        "7 batch norms folded into 7 layers", "6 DiracConv2d weights evaluated", "✓ float64", "✓ onnx",
+        f"onnxruntime {onnxruntime.__version__}", "✓ torchscript",
         "of peak (", "× float32 noise)", "weights 16/16 identical", "top-1 ", "small.onnx", "kB",
         "next: foldexport verify",
     ):  # fmt: skip
@@ -215,7 +221,7 @@ def test_own_data(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(10, 3, 32, 32)).astype(np.float32))
     result = foldexport(checkpoint, "--to", "ts", "--data", tmp_path / "data.npz", "--json")
     assert result.code == 0 and "data" in [probe["name"] for probe in result.document["certificate"]["probes"]]
-    assert [8, 2] == result.document["artifacts"][0]["comparison"]["batches"][5:7]
+    assert result.document["artifacts"][0]["comparison"]["batches"][5:7] == [8, 2]
 
 
 def test_folder_of_images(tmp_path):
@@ -234,7 +240,8 @@ def test_tolerance_of_the_user_is_kept_and_printed(tmp_path):
     result = foldexport(checkpoint, "--to", "ts", "--rtol", "1e-12")
     assert result.code == 4 and "allowed: 1e-12 of peak" in result.message and files(tmp_path) == ["small.pth"]
     assert foldexport(checkpoint, "--to", "ts", "--rtol", "1e-3").code == 0
-    assert json.loads((tmp_path / "small.manifest.json").read_text())["tolerance"] == {"absolute": 0.0, "relative": 1e-3}
+    manifest = json.loads((tmp_path / "small.manifest.json").read_text())
+    assert manifest["tolerance"] == {"absolute": 0.0, "relative": 1e-3}
     assert foldexport("verify", tmp_path / "small.manifest.json").code == 0
 
 

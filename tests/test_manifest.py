@@ -14,8 +14,8 @@ from foldexport.errors import CheckpointError, UsageError
 from tests.command import files, save_dirac
 
 KEYS = [
-    "foldexport", "command", "checkpoint", "architecture", "preprocessing", "costs", "evaluated", "ledger", "certificate",
-    "inputs", "outputs", "artifacts", "tolerance", "probes_left_out", "golden", "versions", "seconds",
+    "foldexport", "command", "checkpoint", "architecture", "preprocessing", "costs", "evaluated", "ledger",
+    "certificate", "inputs", "outputs", "artifacts", "tolerance", "probes_left_out", "golden", "versions", "seconds",
 ]  # fmt: skip
 
 
@@ -23,7 +23,9 @@ KEYS = [
 def made(tmp_path_factory) -> pipeline.Outcome:
     folder = tmp_path_factory.mktemp("manifest")
     checkpoint = save_dirac(folder / "small.pth")
-    order = pipeline.Order(tuple(exporters.resolve("ts")), output=f"{folder}/out/", command=("foldexport", str(checkpoint)))
+    order = pipeline.Order(
+        tuple(exporters.resolve("ts")), output=f"{folder}/out/", command=("foldexport", str(checkpoint))
+    )
     return pipeline.convert(pipeline.Question(checkpoint), order)
 
 

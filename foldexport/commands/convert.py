@@ -24,8 +24,12 @@ from foldexport.exporters import FORMATS
 @click.option("--precision", default="fp32", metavar="TYPE", help="Of weights and arithmetic. Default: fp32.")
 @click.option("--opset", type=int, metavar="N", help="Of ONNX. Default: the newest that torch.onnx writes well.")
 @click.option("--input-name", "input_names", metavar="NAME", multiple=True, help="Default: input. Repeat for several.")
-@click.option("--output-name", "output_names", metavar="NAME", multiple=True, help="Default: output. Repeat for several.")
-@click.option("--no-fold", "fold", is_flag=True, flag_value=False, default=True, help="Write the training graph as it is.")
+@click.option(
+    "--output-name", "output_names", metavar="NAME", multiple=True, help="Default: output. Repeat for several."
+)
+@click.option(
+    "--no-fold", "fold", is_flag=True, flag_value=False, default=True, help="Write the training graph as it is."
+)
 @click.option("--atol", type=float, metavar="X", help="Allow an error of atol + rtol × the output's peak instead of 8 "
               "times the network's own float32 noise.")  # fmt: skip
 @click.option("--rtol", type=float, metavar="X", help="See --atol.")
@@ -40,8 +44,8 @@ def convert(**options: Any) -> None:
         foldexport net.pth --to onnx,torchscript -o build/
         foldexport net.pth --to onnx --arch net.py:Net --input-shape 1x3x224x224
 
-    The architecture is recognised from the checkpoint's keys and shapes, or built by --arch. Every artifact is run in its
-    own runtime and compared with the training graph in float64 before any file is put in place.
+    The architecture is recognised from the checkpoint's keys and shapes, or built by --arch. Every artifact is run
+    in its own runtime and compared with the training graph in float64 before any file is put in place.
     """
     from foldexport.report.terminal import Terminal
 
@@ -68,4 +72,5 @@ def _order(options: dict[str, Any]) -> Any:
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     names = {key: tuple(options.pop(key)) or None for key in ("input_names", "output_names")}
     formats = tuple(options.pop("formats"))
-    return Order(formats=formats, tolerance=tolerance, command=tuple(click.get_current_context().meta["foldexport.argv"]), **names, **options)
+    command = tuple(click.get_current_context().meta["foldexport.argv"])
+    return Order(formats=formats, tolerance=tolerance, command=command, **names, **options)

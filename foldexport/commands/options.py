@@ -57,12 +57,13 @@ FILE = click.Path(path_type=Path)
 
 _NETWORK = (
     click.argument("checkpoint", type=FILE),
-    click.option("--arch", metavar="SPEC", help="The network where the file is not recognised: package.module:callable, "
-                 "path/file.py:callable, or a zoo name."),
+    click.option("--arch", metavar="SPEC", help="The network where the file is not recognised: "
+                 "package.module:callable, path/file.py:callable, or a zoo name."),
     click.option("--arch-arg", "arch_args", metavar="KEY=VALUE", multiple=True, help="An argument of it; repeatable."),
     click.option("--input-shape", "input_shapes", type=Shape(), metavar="1x3x224x224", multiple=True,
                  help="Default: the architecture's own. Repeat for several inputs."),
-    click.option("--data", type=FILE, metavar="NPZ|DIR", help="Your own inputs to prove it on: an .npz or a folder of images."),
+    click.option("--data", type=FILE, metavar="NPZ|DIR",
+                 help="Your own inputs to prove it on: an .npz or a folder of images."),
     click.option("--seed", type=int, default=0, metavar="N", help="Of the drawn inputs. Default: 0."),
     click.option("--ema/--no-ema", "use_ema", default=None, help="Take the averaged weights, or never do. "
                  "Default: only where there are no others."),
@@ -93,7 +94,7 @@ def _with(command: Callable, decorators: Sequence[Callable]) -> Callable:
 
 
 def question(options: dict[str, Any]) -> Any:
-    """The :class:`~foldexport.study.Question` that the options of `network_options` ask, which are taken out of ``options``."""
+    """The `Question` that the options of `network_options` ask; they are taken out of ``options``."""
     from foldexport.arch import parse_arch_args
     from foldexport.errors import UsageError
     from foldexport.study import Question

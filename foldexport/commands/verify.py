@@ -14,7 +14,9 @@ from foldexport.exporters import Format
 
 @click.command(short_help="Prove exported files again, on the machine where they will work.")
 @click.argument("manifest", type=FILE)
-@click.option("--format", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", help="Only these. Default: all in the manifest.")
+@click.option(
+    "--format", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", help="Only these. Default: all in the manifest."
+)
 @output_options
 def verify(manifest: Path, formats: Sequence[Format] | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Check the files beside NAME.manifest.json: their SHA-256, and their outputs on the manifest's golden inputs.

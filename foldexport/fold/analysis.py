@@ -376,8 +376,9 @@ def _inherit(analysis: Analysis, node: fx.Node, value: fx.Node) -> None:
         return
     if wish.shift is not None:
         _keep_shift(analysis, view.root, (wish.shift - b) / a, wish.mask, wish.shift_weight)
-    if wish.scale is not None:
-        _keep_scale(analysis, view.root, wish.scale / a, wish.scale_weight)
+    scale = None if wish.scale is None else wish.scale / a
+    if scale is not None and not (name_of(node) in MAX_POOLS and bool((scale < 0).any())):
+        _keep_scale(analysis, view.root, scale, wish.scale_weight)
     if wish.sign is not None:
         _keep_sign(analysis, view.root, wish.sign * a.sign(), wish.sign_weight)
 
@@ -391,16 +392,21 @@ def _keep_sign(analysis: Analysis, root: fx.Node, sign: Tensor, weight: float) -
 def _collect_sum(analysis: Analysis, node: fx.Node, variables: list[fx.Node]) -> None:
     """An addition hands its exact scale to both operands and adds to the range of scales that each will see."""
     wish = analysis.wish(node)
-    for variable in variables:
+    for variable, other in zip(variables, reversed(variables), strict=True):
         view = analysis.views[variable]
         a = view.affine.scale
         if bool((a == 0).any()) or shape_of(view.root) != shape_of(node):
             continue
-        if wish.scale is not None:
+        if wish.scale is not None and _can_follow(analysis, analysis.views[other].root):
             _keep_scale(analysis, view.root, wish.scale / a, wish.scale_weight)
         step = math.log2(float(a.abs().log().mean().exp()))
         mine = analysis.wishes.setdefault(view.root, Wish())
         mine.low, mine.high = min(mine.low, step + wish.low), max(mine.high, step + wish.high)
+
+
+def _can_follow(analysis: Analysis, root: fx.Node) -> bool:
+    """Whether an operand's maker will be able to take the scale that the other operand carries."""
+    return analysis.reads.get(root) == 1 and name_of(root) in (CONVS | {"linear", "add", "sub"})
 
 
 def _collect_cat(analysis: Analysis, node: fx.Node) -> None:

@@ -22,6 +22,7 @@ from foldexport.fold.passes import Fold
 from foldexport.fold.stored import Pending, Stored, channel_axis
 
 MAX_PATH = 4  # operators that one path may span
+MAX_GROWTH = 16  # times the multiply-adds of its parts that a branch may need before its sum is judged
 MAX_TERMS = 8  # operands of one sum that are tried against each other
 
 
@@ -41,12 +42,20 @@ def sizes_for(conv: Conv, source: Stored) -> tuple[int, ...]:
     return source.shape[2:] if conv.spatial_rank else ()
 
 
-def expense(conv: Conv, source: Stored) -> tuple[float, float]:
-    """Multiply-adds and bytes moved per sample; a linear layer runs once per row."""
-    macs, moved = algebra.cost(conv, sizes_for(conv, source))
+def expense(source: Stored, conv: Conv, behind: Conv | None = None, beside: Conv | None = None) -> tuple[float, float]:
+    """Multiply-adds and bytes moved per sample; of a merge with one behind or beside it without building its weights.
+
+    A linear layer runs once per row. Raises ValueError where the merge would not be exact.
+    """
+    sizes = sizes_for(conv, source)
+    if behind is not None:
+        macs, moved = algebra.composed_cost(conv, behind, sizes)
+    elif beside is not None:
+        macs, moved = algebra.added_cost(conv, beside, sizes)
+    else:
+        macs, moved = algebra.cost(conv, sizes)
     rows = math.prod(source.shape[1:-1]) if conv.spatial_rank == 0 else 1
-    weights = 4.0 * conv.n_weights()
-    return macs * rows, weights + (moved - weights) * rows
+    return macs * rows, moved * rows
 
 
 def paths(stored: Stored, length: int = MAX_PATH) -> list[Path]:
@@ -57,14 +66,21 @@ def paths(stored: Stored, length: int = MAX_PATH) -> list[Path]:
     if step is None:
         return []
     source = stored.inputs[0]
-    macs, moved = expense(step, source)
+    macs, moved = expense(source, step)
     label = (stored.module,) if stored.kind == "conv" else ()
     found = [Path(source, step, macs, moved, label)]
     for first in paths(source, length - 1):
-        composed = attempt(algebra.compose, first.conv, step)
+        composed = attempt(_compose_within_reason, first, step, macs)
         if composed is not None:
             found.append(Path(first.source, composed, first.macs + macs, first.bytes + moved, first.labels + label))
     return found
+
+
+def _compose_within_reason(first: Path, step: Conv, macs: float) -> Conv:
+    """The composition, unless it is so dear that no sum could pay for it; a branch alone may cost more than its parts."""
+    if expense(first.source, first.conv, behind=step)[0] > MAX_GROWTH * (first.macs + macs):
+        raise ValueError("the composed convolution is far dearer than its parts")
+    return algebra.compose(first.conv, step)
 
 
 def as_conv(stored: Stored) -> Conv | None:
@@ -103,10 +119,9 @@ def attempt(function, *convs) -> Conv | None:
         return None
 
 
-def pays(merged: Conv, source: Stored, macs: float, moved: float) -> bool:
+def pays(new: tuple[float, float], old: tuple[float, float]) -> bool:
     """Neither multiply-adds nor bytes moved grow."""
-    new_macs, new_moved = expense(merged, source)
-    return new_macs <= macs and new_moved <= moved
+    return new[0] <= old[0] and new[1] <= old[1]
 
 
 # ── sum ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -149,21 +164,25 @@ def _terms(pending: Pending) -> list[Pending]:
 
 
 def _merge_pair(fold: Fold, node: fx.Node, left: Pending, right: Pending) -> Pending | None:
-    best: Path | None = None
     addition = 3.0 * 4 * math.prod(left.stored.shape[1:])
+    best: tuple[float, Path, Path] | None = None
     for a in _term_paths(left):
         for b in _term_paths(right):
-            merged = attempt(algebra.add, a.conv, b.conv) if a.source is b.source else None
-            if merged is None or not pays(merged, a.source, a.macs + b.macs, a.bytes + b.bytes + addition):
+            if a.source is not b.source:
                 continue
-            macs = expense(merged, a.source)[0]
-            if best is None or macs < best.macs:
-                best = Path(a.source, merged, macs, 0.0, a.labels + b.labels)
+            try:
+                new = expense(a.source, a.conv, beside=b.conv)
+            except ValueError:
+                continue
+            if pays(new, (a.macs + b.macs, a.bytes + b.bytes + addition)) and (best is None or new[0] < best[0]):
+                best = (new[0], a, b)
     if best is None:
         return None
-    stored = fold.emit(node, "conv", [best.source], suffix="_merged", conv=best.conv,
+    _, a, b = best
+    labels = a.labels + b.labels
+    stored = fold.emit(node, "conv", [a.source], suffix="_merged", conv=algebra.add(a.conv, b.conv),
                        shape=left.stored.shape, dynamic=left.stored.dynamic)  # fmt: skip
-    stored.module, stored.op = next((label for label in best.labels if label), stored.module), "conv"
+    stored.module, stored.op = next((label for label in labels if label), stored.module), "conv"
     into = stored.module or stored.name
     fold.absorbed(left.carried + right.carried, into)
     fold.ledger.note(node, fold.label(node), "merge by sum").into = into
@@ -209,20 +228,23 @@ def merge_composition(pending: Pending, conv: Conv) -> Composition:
     if not found or not affine.varies_only_on(axis):
         return Composition()
     vectors = affine.vector(axis, stored.shape[axis])
-    macs, moved = expense(conv, stored)
-    best = Composition()
+    macs, moved = expense(stored, conv)
+    chosen, refusal = None, ""
     for path in found:
+        first, old = path.conv.affine_output(*vectors), (path.macs + macs, path.bytes + moved)
         try:
-            composed = algebra.compose(path.conv.affine_output(*vectors), conv)
+            new = expense(path.source, first, behind=conv)
         except ValueError as refused:
-            best = best if best.conv is not None else Composition(refusal=str(refused))
+            refusal = refusal or str(refused)
             continue
-        if pays(composed, path.source, path.macs + macs, path.bytes + moved):
-            best = Composition(path.source, composed, path.labels)
-        elif best.conv is None:
-            new = expense(composed, path.source)
-            best = Composition(refusal=_dearer(new, (path.macs + macs, path.bytes + moved)))
-    return best
+        if pays(new, old):
+            chosen = (path, first)
+        else:
+            refusal = refusal or _dearer(new, old)
+    if chosen is None:
+        return Composition(refusal=refusal)
+    path, first = chosen
+    return Composition(path.source, algebra.compose(first, conv), path.labels)
 
 
 def _dearer(new: tuple[float, float], old: tuple[float, float]) -> str:
@@ -240,15 +262,9 @@ def pointwise_source(pending: Pending) -> tuple[Stored, Conv] | None:
     if stored.kind != "conv" or not stored.open or stored.fixed or not affine.varies_only_on(1):
         return None
     conv = as_conv(stored)
-    if conv is None or conv.spatial_rank == 0 or not is_pointwise(conv):
+    if conv is None or conv.spatial_rank == 0 or not conv.is_pointwise:
         return None
     return stored.inputs[0], conv.affine_output(*affine.vector(1, stored.shape[1]))
-
-
-def is_pointwise(conv: Conv) -> bool:
-    """A 1×1 convolution that keeps every position."""
-    plain = not conv.transposed and all(k == 1 for k in conv.kernel_size) and all(s == 1 for s in conv.stride)
-    return plain and not any(p for pair in conv.padding for p in pair)
 
 
 # ── concatenation ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -36,7 +36,10 @@ class Operand:
 
 @dataclass(eq=False)
 class FoldedGraph:
-    """Stored tensors in execution order, the outputs, and every surviving value in final terms."""
+    """Stored tensors in execution order, the outputs, and every surviving value in final terms.
+
+    undone: affine operators that had to be restored behind the place where they stood.
+    """
 
     order: list[Stored]
     inputs: list[Stored]
@@ -44,6 +47,7 @@ class FoldedGraph:
     values: list[tuple[fx.Node, Stored, Affine, Tensor | None]]
     ledger: Ledger
     graph: Graph
+    undone: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(eq=False)
@@ -55,6 +59,8 @@ class Fold:
     order: list[Stored] = field(default_factory=list)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()
+    stay: frozenset[fx.Node] = frozenset()
+    undone: set[fx.Node] = field(default_factory=set)
     _restored: dict[Stored, list[tuple[Affine, Stored]]] = field(default_factory=dict)
     _constants: dict[fx.Node, Stored] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
@@ -142,6 +148,12 @@ class Fold:
             pending = self._grant(node, pending)
         self.values[node] = pending
 
+    def pass_on(self, node: fx.Node, pending: Pending) -> None:
+        """``node`` is a value that exists already: its readers read that tensor too."""
+        stored, fresh = pending.stored, pending.stored.open
+        stored.reads += self.analysis.reads.get(node, 1) - 1
+        self.values[node] = self._grant(node, pending) if fresh and not stored.open else pending
+
     # ── wishes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _grant(self, node: fx.Node, pending: Pending) -> Pending:
@@ -166,6 +178,8 @@ class Fold:
 
     def _scales(self, wish: Wish, a: Tensor) -> list[Tensor]:
         """Scales worth asking for: an exact one; else the middle of the range that additions will see, with the wished signs."""
+        if self.stay:
+            return []
         if wish.scale is not None:
             return [wish.scale]
         if wish.high - wish.low <= WIDE_RANGE:
@@ -208,6 +222,7 @@ class Fold:
         scale = torch.where(affine.scale == target.scale, 1.0, affine.scale / target.scale)
         gap = torch.where(affine.shift == target.shift, 0.0, (affine.shift - target.shift) / target.scale)
         change = Affine(*torch.broadcast_tensors(scale, gap)).compressed()
+        self.undone.update(pending.carried)
         known = self._restored.setdefault(stored, [])
         for other, made in known:
             if same(other, change):
@@ -282,13 +297,14 @@ class Fold:
 
     def _restored_once(self, node: fx.Node, value: Pending) -> Pending:
         """A value that some reader needs exactly, and whose maker cannot give it, is restored here, for all its readers."""
-        reader = self.analysis.exact_reads.get(node)
-        if reader is None or value.stored.open:
+        reader = node if node in self.stay else self.analysis.exact_reads.get(node)
+        if reader is None or (value.stored.open and node not in self.stay):
             return value
         current = value.current()
         if current.affine.is_identity:
             return value
-        return self.satisfy(current, EXACT, reader, why_exact(self, reader))
+        why = "folding it would take more operators than it saves" if reader is node else why_exact(self, reader)
+        return self.satisfy(current, EXACT, reader, why)
 
     def _before_other_axes(self, source: fx.Node, outer: Affine) -> Pending:
         """The operand of an affine operator, as recorded: in terms of its stored tensor as it was then.
@@ -325,7 +341,7 @@ class Fold:
                 values.append((node, pending.stored, affine, usable))
         order = sorted_by_use([s for s in self.order if s in alive or s.kind == "input"])
         self.ledger.arrange({node: i for i, node in enumerate(self.analysis.graph.fx.nodes)})
-        return FoldedGraph(order, inputs, outputs, values, self.ledger, self.analysis.graph)
+        return FoldedGraph(order, inputs, outputs, values, self.ledger, self.analysis.graph, frozenset(self.undone))
 
 
 def why_exact(fold: Fold, reader: fx.Node) -> str:
@@ -391,18 +407,19 @@ def sorted_by_use(order: list[Stored]) -> list[Stored]:
     return result
 
 
-def fold_graph(graph: Graph, max_sigma: float = MAX_SIGMA) -> FoldedGraph:
+def fold_graph(graph: Graph, max_sigma: float = MAX_SIGMA, stay: frozenset[fx.Node] = frozenset()) -> FoldedGraph:
     """Fold a training graph: analyse backwards, then emit forwards.
 
-    max_sigma: how many standard deviations of its channel a shift may have to be absorbed upstream ; smaller values keep more clamps.
+    max_sigma: how many standard deviations of its channel a shift may have to be absorbed upstream; smaller values keep
+    more clamps. stay: affine operators that are restored where they stand unless their maker takes them.
     """
     from foldexport.fold.transfer import TRANSFER, opaque
 
     constants = Constants(graph)
     analysis = analyse(graph, constants, max_sigma)
-    folded = Fold(analysis).run(TRANSFER, opaque)
+    folded = Fold(analysis, stay=stay).run(TRANSFER, opaque)
     dear = costly_copies(folded.order)
-    return Fold(analysis, pinned=dear).run(TRANSFER, opaque) if dear else folded
+    return Fold(analysis, pinned=dear, stay=stay).run(TRANSFER, opaque) if dear else folded
 
 
 def costly_copies(order: list[Stored]) -> frozenset[str]:

@@ -41,7 +41,8 @@ def outcome(screen: Console, done: Outcome) -> None:
         if artifact.comparison:
             proof(screen, artifact.comparison)
     for name in done.manifest["probes_left_out"]:
-        _sentence(screen, "", [f"probe {name} left out: the training graph itself is imprecise on it in float32"], "dim")
+        said = f"probe {name} left out: the training graph itself is imprecise on it in float32"
+        _sentence(screen, "", [said], "dim")
     screen.print()
     _files(screen, done)
     screen.print()
@@ -73,7 +74,8 @@ def formats(screen: Console, rows: Sequence[Status]) -> None:
     for title in ("format", "also", "file", "here"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        here = Text(f"✓ {row.format.runtime} {row.version}", "green") if row.works else Text(f"✗ {row.reason}", "yellow")
+        works, not_here = Text(f"✓ {row.format.runtime} {row.version}", "green"), Text(f"✗ {row.reason}", "yellow")
+        here = works if row.works else not_here
         table.add_row(row.format.name, ", ".join(row.format.aliases), f"NAME{row.format.suffix}", here)
     screen.print(table)
 
@@ -84,7 +86,7 @@ def heading(screen: Console, title: str) -> None:
 
 
 def proof(screen: Console, found: Comparison) -> None:
-    """``✓ onnx  onnxruntime 1.31.1  max error 3.1e-07 of peak (0.9× float32 noise)  weights 22/22 identical  top-1 64/64``"""
+    """``✓ onnx  onnxruntime 1.31.1  max error 3.1e-07 of peak (0.9× float32 noise)  weights 22/22 identical  …``"""
     parts = [found.runtime]
     if found.probes:
         parts.append(f"max error {found.max_error:.1e} of peak ({found.noise_multiple:.1f}× float32 noise)")
@@ -104,7 +106,7 @@ def _identified(screen: Console, found: Study) -> None:
     _rows(screen, [
         ("recognised by", network.reason),
         ("weights", _weights(source)),
-        ("input", ", ".join("x".join(map(str, value.shape)) for value in found.example) + _normalisation(network.preprocessing)),
+        ("input", _shapes(found) + _normalisation(network.preprocessing)),
         *(("note", note) for note in network.notes if not note.startswith("took the ")),
     ])  # fmt: skip
 
@@ -114,6 +116,10 @@ def _weights(source: dict) -> str:
     which = f"{source['tensors']} {'EMA ' if source['ema'] else ''}tensors{taken}"
     prefix = f", stripped of `{source['prefix']}`" if source["prefix"] else ""
     return f"{which}{prefix}, {source['format']}, {size(source['size_bytes'])}B, SHA-256 {source['sha256'][:12]}…"
+
+
+def _shapes(found: Study) -> str:
+    return ", ".join("x".join(map(str, value.shape)) for value in found.example)
 
 
 def _normalisation(preprocessing: dict) -> str:

@@ -20,8 +20,8 @@ WORDS = {
     "merge by sum": ("branch merged by sum", "branches merged by sum"),
     "merge by composition": ("convolution merged into the next", "convolutions merged into the next"),
     "merge by concatenation": ("branch merged by concatenation", "branches merged by concatenation"),
-    "exchange with average pooling": ("convolution moved behind its average pool", "convolutions moved behind their average pools"),
-    "exchange with upsampling": ("convolution moved before its upsampling", "convolutions moved before their upsampling"),
+    "exchange with average pooling": ("convolution moved behind its pool", "convolutions moved behind their pools"),
+    "exchange with upsampling": ("convolution moved before upsampling", "convolutions moved before upsampling"),
 }
 MOVED = ("merge", "exchange")
 

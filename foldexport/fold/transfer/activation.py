@@ -17,7 +17,7 @@ from foldexport.fold.affine import Affine
 from foldexport.fold.needs import EXACT, ZERO_SHIFT
 from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of
-from foldexport.fold.stored import Pending
+from foldexport.fold.stored import Pending, Stored
 from foldexport.trace import bound
 
 INFINITY = math.inf
@@ -136,8 +136,20 @@ def emit_clamp(fold: Fold, node: fx.Node, pending: Pending, lower: Tensor, upper
     scale, shift = torch.broadcast_tensors(a, t)
     if bool(dead.any()):
         low, high, scale, shift = _dead_channels(fold, node, dead, (low, high), (scale, shift), torch.clamp(t, lower, upper))
+    if _already_within(pending.stored, low, high):
+        fold.pass_on(node, Pending.of(pending.stored, Affine(scale, shift), pending.carried))
+        return
     stored = fold.emit(node, "clamp", [pending.stored], lower=low, upper=high)
     fold.put(node, stored, Affine(scale, shift), pending.carried)
+
+
+def _already_within(stored: Stored, low: Tensor, high: Tensor) -> bool:
+    """Whether a clamp makes ``s`` and holds it inside these bounds already: ReLU behind ReLU does nothing."""
+    if stored.kind != "clamp" or bool((stored.since(0).scale <= 0).any()):
+        return False
+    change = stored.since(0)
+    lower, upper = (change.scale * stored.attrs[end] + change.shift for end in ("lower", "upper"))
+    return bool((lower >= low).all()) and bool((upper <= high).all())
 
 
 def _dead_channels(fold: Fold, node: fx.Node, dead: Tensor, ends, affine, constant: Tensor):

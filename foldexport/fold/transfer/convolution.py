@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from foldexport.fold import conv as algebra
 from foldexport.fold.constants import is_parameter
 from foldexport.fold.conv import Conv
-from foldexport.fold.merge import is_pointwise, merge_composition
+from foldexport.fold.merge import merge_composition
 from foldexport.fold.needs import EXACT, AlongAxis, ZeroShift
 from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of, shape_of
@@ -173,7 +173,7 @@ def _behind_upsample(fold: Fold, node: fx.Node, pending: Pending, conv: Conv) ->
     stored = pending.stored
     if stored.kind != "pool" or not stored.open or not stored.op.startswith("upsample") or conv.spatial_rank == 0:
         return False
-    if not is_pointwise(conv) or not pending.affine.varies_only_on(1):
+    if not conv.is_pointwise or not pending.affine.varies_only_on(1):
         return False
     small, channels = stored.inputs[0], shape_of(node)[1]
     if channels > stored.shape[1] or _volume(small.shape[2:]) >= _volume(stored.shape[2:]) or not stored.maps == []:

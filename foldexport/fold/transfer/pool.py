@@ -90,7 +90,7 @@ def average(fold: Fold, node: fx.Node) -> bool:
         why = f"`{fold.label(node)}` counts its zero padding, which a shift would meet"
         pending = fold.satisfy(pending, ZERO_SHIFT, node, why)
     stored = fold.call(node, "pool", {source: pending.stored}, space=space, keeps_constants=keeps)
-    fold.put(node, stored, pending.affine, pending.carried)
+    fold.put(node, stored, pending.affine.compressed(), pending.carried)
     return True
 
 
@@ -152,6 +152,7 @@ def mean(fold: Fold, node: fx.Node) -> bool:
 
 def _reduced(node: fx.Node, affine: Affine, space: tuple[int, ...]) -> Affine:
     """The affine of a reduced tensor: the reduced axes, along which it is constant, disappear."""
+    affine = affine.compressed()
     if len(shape_of(node)) == affine.rank:
         return affine
     keep = [axis for axis in range(affine.rank) if axis not in space]
@@ -177,7 +178,7 @@ def resample(fold: Fold, node: fx.Node) -> bool:
     if any(axis in space for axis in pending.affine.axes()):
         pending = fold.satisfy(pending, EXACT, node, f"it varies over the space that `{fold.label(node)}` resamples")
     stored = fold.call(node, "pool", {source: pending.stored}, space=space, keeps_constants=True)
-    fold.put(node, stored, pending.affine, pending.carried)
+    fold.put(node, stored, pending.affine.compressed(), pending.carried)
     return True
 
 
@@ -214,7 +215,7 @@ def _pad_by_copies(fold: Fold, node: fx.Node, source: fx.Node) -> bool:
     if any(axis in space for axis in pending.affine.axes()):
         pending = fold.satisfy(pending, EXACT, node, f"it varies over the space that `{fold.label(node)}` pads")
     stored = fold.call(node, "pool", {source: pending.stored}, space=space, keeps_constants=True)
-    fold.put(node, stored, pending.affine, pending.carried)
+    fold.put(node, stored, pending.affine.compressed(), pending.carried)
     return True
 
 
@@ -238,7 +239,7 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
     zero_pad = tuple(sides) if stored_value == 0 and len(sides) == rank - 2 and rank > 2 else None
     flat = [p for side in reversed(sides) for p in side]
     stored = fold.emit(node, "pad", [pending.stored], pads=flat, value=stored_value, zero_pad=zero_pad)
-    fold.put(node, stored, pending.affine, pending.carried)
+    fold.put(node, stored, pending.affine.compressed(), pending.carried)
     return True
 
 
