@@ -65,6 +65,10 @@ class Fold:
     _constants: dict[fx.Node, Stored] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        views = self.analysis.views
+        self._left_alone = {views[node].root for node in self.stay if node in views}
+
     # ── looking ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -161,6 +165,8 @@ class Fold:
         through = self.analysis.common.get(node)
         if through is not None and not through.is_identity and can(pending.stored, pending.affine.then(through)):
             return self._taken_whole(pending, through)
+        if node in self._left_alone:
+            return pending
         wish = self.analysis.wish(node)
         a, t = pending.affine.scale, pending.affine.shift
         shift = None if wish.shift is None else torch.where(wish.mask, wish.shift, t)
@@ -178,8 +184,6 @@ class Fold:
 
     def _scales(self, wish: Wish, a: Tensor) -> list[Tensor]:
         """Scales worth asking for: an exact one; else the middle of the range that additions will see, with the wished signs."""
-        if self.stay:
-            return []
         if wish.scale is not None:
             return [wish.scale]
         if wish.high - wish.low <= WIDE_RANGE:
