@@ -2,14 +2,15 @@
 
     python benchmarks/conversion.py [--rounds 7] [--threads 2] [--quick]
 
-Everything that is compared alternates, A B A B …, in one run; a row is the median of the rounds' ratios and their range.
-Subprocesses do the work, so that peaks of memory are theirs; this process stays small, and imports no torch, because
-Linux counts the memory of whoever starts a process towards its peak (getrusage(2), ``ru_maxrss``).
+Everything that is compared alternates, A B A B …, in one run; a row is the median of the rounds' ratios and their
+range. Subprocesses do the work, so that peaks of memory are theirs; this process stays small, and imports no torch,
+because Linux counts the memory of whoever starts a process towards its peak (getrusage(2), ``ru_maxrss``).
 
-What counts as **proof** are three stages of the manifest: ``certify`` (every value in float64, and the outputs' rounding in
-float32), ``reference`` (the training graph's outputs in float64 that artifacts are compared with), ``verify onnx`` (the
-file run by its runtime on those inputs, its weights compared bit by bit). Everything else of the command, the check of
-the file by ``onnx.checker`` and of what onnxsim made of it included, counts as conversion.
+What counts as **proof** are three stages of the manifest: ``certify`` (every value in float64, and the rounding of the
+outputs in float32), ``reference`` (the training graph's outputs in float64 that artifacts are compared with) and
+``verify onnx`` (the file run by its runtime on those inputs, its weights compared bit by bit). All else of the command is
+conversion: the check of the file by ``onnx.checker`` too, and that of what onnxsim made of it. A float64 forward pass is
+the network itself, ``module.double()``, run eagerly at batch 1 in the process that made the proof.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from conversion_report import Limit, Row, document, page
+from conversion_report import PROOF, Limit, Row, document, page
 
 HERE = Path(__file__).resolve().parent
-PROOF = ("certify", "reference", "verify onnx")  # stages of the manifest
 KILOBYTE, MEBIBYTE = 1024, 2**20
 FOLD_ROUNDS = 3  # of the fold stage for one of the command: it takes a tenth of a second
 
@@ -136,13 +136,13 @@ def command(settings: Settings) -> dict[str, Row]:
             proofs.append(sum(seconds[stage] for stage in PROOF))
             scripts.append(run(_script(settings, folder), settings))
     net = [each.seconds - proof for each, proof in zip(walls, proofs, strict=True)]
-    theirs = [each.seconds for each in scripts]
-    ours_bytes, their_bytes = ([each.peak_bytes for each in runs] for runs in (walls, scripts))
+    plain = [each.seconds for each in scripts]
+    ours, theirs = ([each.peak_bytes for each in runs] for runs in (walls, scripts))
     wall = statistics.median(each.seconds for each in walls)
-    detail = f"({wall:.2f} s − {statistics.median(proofs):.2f} s of proof) / {statistics.median(theirs):.2f} s"
+    detail = f"({wall:.2f} s − {statistics.median(proofs):.2f} s of proof) / {statistics.median(plain):.2f} s"
     return {
-        "command": Row(_ratios(net, theirs), detail),
-        "command memory": Row(_ratios(ours_bytes, their_bytes), f"{_mebibytes(ours_bytes)} / {_mebibytes(their_bytes)}"),
+        "command": Row(_ratios(net, plain), detail),
+        "command memory": Row(_ratios(ours, theirs), f"{_mebibytes(ours)} / {_mebibytes(theirs)}"),
     }
 
 
@@ -225,16 +225,20 @@ def checkpoint(network: str) -> Iterator[str]:
 
 def shown(settings: Settings) -> dict[str, Any]:
     return {
-        "network": settings.network, "input_shape": settings.shape, "layers": settings.layers, "rounds": settings.rounds,
-        "threads": settings.threads, "proof_stages": PROOF,
-    }  # fmt: skip
+        "network": settings.network,
+        "input_shape": settings.shape,
+        "layers": settings.layers,
+        "rounds": settings.rounds,
+        "threads": settings.threads,
+        "proof_stages": PROOF,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="of everything that takes seconds (default: 7)")
     parser.add_argument("--threads", type=int, default=machine.cores(), help="of torch (default: all cores)")
-    parser.add_argument("--quick", action="store_true", help="two rounds on a small network: shows that it works, no more")
+    parser.add_argument("--quick", action="store_true", help="two rounds on a small network: shows that it works")
     parser.add_argument("--network", default="resnet50", help="a function of networks.py (default: resnet50)")
     parser.add_argument("--input-shape", default="1x3x224x224")
     parser.add_argument("--layers", type=int, nargs=2, default=(100, 1000), metavar=("FEW", "MANY"))

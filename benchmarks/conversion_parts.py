@@ -23,6 +23,7 @@ from typing import Any
 
 import networks
 import torch
+from conversion_report import PROOF
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
@@ -31,7 +32,6 @@ from foldexport.fold.rebuild import rebuild
 from foldexport.trace import Graph, trace
 
 KILOBYTE = 1024
-PROOF = ("certify", "reference", "verify onnx")  # stages of the manifest that a conversion without a proof does not have
 FORWARDS = 5  # float64 passes before and after each proof, of which the median counts
 SMALL = 8  # height and width at which networks are traced whose number of layers matters
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import machine
+PROOF = ("certify", "reference", "verify onnx")  # the manifest's stages that count as proof
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -46,9 +48,8 @@ def table(limits: Sequence[Limit], rows: dict[str, Row]) -> str:
             lines.append(f"| {limit.text} | – | – | {limit.wanted:g}{limit.unit} | {verdict} | {row.failed} |")
             continue
         low, middle, high = (f"{value:.{limit.digits}f}" for value in (min(row.values), row.median, max(row.values)))
-        lines.append(
-            f"| {limit.text} | {middle}{limit.unit} | {low} … {high} | {limit.wanted:g}{limit.unit} | {verdict} | {row.detail} |"
-        )
+        measured = f"{middle}{limit.unit} | {low} … {high} | {limit.wanted:g}{limit.unit}"
+        lines.append(f"| {limit.text} | {measured} | {verdict} | {row.detail} |")
     return "\n".join(lines)
 
 
@@ -72,9 +73,9 @@ def page(limits: Sequence[Limit], rows: dict[str, Row], found: Mapping[str, Any]
     few, many = found["layers"]
     return f"""# What a conversion costs
 
-`benchmarks/conversion.py`, {found["date"]}: {found["network"]} at {found["input_shape"]}, {found["rounds"]} rounds of everything, alternating;
-{found["threads"]} threads; few layers are {few}, many {many}. Proof is the stages {", ".join(found["proof_stages"])} of the manifest;
-everything else of the command is conversion.
+`benchmarks/conversion.py`, {found["date"]}: {found["network"]} at {found["input_shape"]}, {found["rounds"]} rounds,
+{found["threads"]} threads; few layers are {few}, many {many}. Everything that is compared alternates. Proof is the
+stages {", ".join(found["proof_stages"])} of the manifest; everything else of the command is conversion.
 
 {table(limits, rows)}
 

@@ -89,7 +89,8 @@ def chain(layers: int, channels: int = 16) -> nn.Sequential:
     """``layers`` times convolution, batch norm, ReLU."""
     parts: list[nn.Module] = []
     for place in range(layers):
-        parts += [nn.Conv2d(channels if place else 3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        cin = channels if place else 3
+        parts += [nn.Conv2d(cin, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*parts)
 
 
@@ -103,8 +104,8 @@ def residual(layers: int, channels: int = 16) -> nn.Sequential:
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every weight and statistic anew, in place, and return the module in eval mode.
 
-    Batch norm: ``μ ~ N(0, 0.5²)``, ``σ² ~ U[0.3, 3]``, ``|γ| ~ U[0.5, 1.5]`` of both signs, ``β ~ U[−1, 1]``, and the last
-    of a residual branch at a fifth of that γ, which keeps a trunk of many additions near one.
+    Batch norm: ``μ ~ N(0, 0.5²)``, ``σ² ~ U[0.3, 3]``, ``|γ| ~ U[0.5, 1.5]`` of both signs, ``β ~ U[−1, 1]``; the last
+    of a residual branch has a fifth of that γ, which keeps a trunk of many additions near one.
     """
     generator = torch.Generator().manual_seed(seed)
 

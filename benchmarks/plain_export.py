@@ -17,7 +17,8 @@ def main(checkpoint: str, network: str, shape: str, output: str) -> None:
     module = getattr(networks, network)()
     module.load_state_dict(torch.load(checkpoint, weights_only=True))
     module.eval()
-    program = torch.onnx.export(module, (torch.randn([int(size) for size in shape.split("x")]),), dynamo=True, verbose=False)
+    example = torch.randn([int(size) for size in shape.split("x")])
+    program = torch.onnx.export(module, (example,), dynamo=True, verbose=False)
     simpler, _ = onnxsim.simplify(program.model_proto)
     onnx.save(simpler, output)
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foldexport import __version__
@@ -28,7 +29,7 @@ from foldexport.trace import Graph
 from foldexport.verify import Tolerance
 
 SCHEMA = 1
-PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")
+PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")
 NEEDED = ("foldexport", "checkpoint", "artifacts", "golden")
 
 
@@ -129,6 +130,7 @@ def _type(value: Tensor) -> str:
 def versions() -> dict[str, str]:
     """Of Python, the machine's kind and the packages that took part."""
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found["torch"] = str(torch.__version__)  # with its build, "+cpu" or "+cu130", which the package's own record may lack
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -20,6 +20,7 @@ import torch
 from foldexport import exporters
 from foldexport.artifact import sha256
 from foldexport.exporters.onnx import OnnxExporter
+from foldexport.fold.rebuild import rebuild
 from tests.command import PLAIN, Result, files, foldexport, save_dirac, save_plain, tiny
 
 HEAVY = ("torch", "onnx", "onnxruntime", "rich", "numpy", "safetensors")
@@ -243,6 +244,18 @@ def test_tolerance_of_the_user_is_kept_and_printed(tmp_path):
     manifest = json.loads((tmp_path / "small.manifest.json").read_text())
     assert manifest["tolerance"] == {"absolute": 0.0, "relative": 1e-3}
     assert foldexport("verify", tmp_path / "small.manifest.json").code == 0
+
+
+def test_a_mistake_of_the_fold_leaves_no_file(tmp_path, monkeypatch):
+    def wrong(folded):
+        rebuilt = rebuild(folded)
+        with torch.no_grad():
+            next(rebuilt.program.module.parameters()).view(-1)[0].mul_(1 + 1e-6)
+        return rebuilt
+
+    monkeypatch.setattr("foldexport.api.rebuild", wrong)
+    result = foldexport(save_dirac(tmp_path / "small.pth"), "--to", "onnx,ts")
+    assert result.code == 4 and "features.conv" in result.message and files(tmp_path) == ["small.pth"]
 
 
 # ---- endings

@@ -79,7 +79,9 @@ def test_every_format_has_what_the_stages_call(row):
     exporter = exporters.exporter(row)
     assert (exporter.name, exporter.suffix) == (row.name, row.suffix)
     assert all(callable(getattr(exporter, method)) for method in ("export", "load", "weights", "runtime"))
-    assert exporter.runtime().split()[-1] == exporters.status()[list(exporters.FORMATS).index(row.name)].version
+    installed = exporters.status()[list(exporters.FORMATS).index(row.name)].version
+    # A build, "+cpu" or "+cu130", is not in every package's own record.
+    assert exporter.runtime().split()[-1].partition("+")[0] == installed.partition("+")[0]
 
 
 def test_options_names():

@@ -83,12 +83,14 @@ def equalised(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tup
             first, second = _moved(fold, first, ones[0]), _moved(fold, second, ones[1])
             return first, second, first.affine.scale
     for movable, fixed, swap in ((second, first, False), (first, second, True)):
+        if swap and _equal(first.affine.scale, -second.affine.scale):
+            break  # a subtraction
         target = _target(movable, fixed.affine.scale)
         if target is not None and movable.stored.open and _able(movable, target):
             moved = _moved(fold, movable, target)
             return (moved, fixed, fixed.affine.scale) if swap else (fixed, moved, fixed.affine.scale)
     if _equal(first.affine.scale, -second.affine.scale):
-        return first, second, first.affine.scale  # a subtraction
+        return first, second, first.affine.scale
     return _restored(fold, node, first, second)
 
 
