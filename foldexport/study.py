@@ -172,7 +172,7 @@ def evaluated_weights(graph: Graph) -> dict[str, int]:
         reads = node.args[1] if node.op == "call_function" and len(node.args) > 1 and node not in constants else None
         made = isinstance(reads, fx.Node) and reads.op == "call_function" and reads in constants
         if made and reads.meta["val"].dim() > 1:
-            found[node.meta.get("module_type") or "function"] += 1
+            found[node.meta.get("module_type") or "functional"] += 1
     return dict(found)
 
 

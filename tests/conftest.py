@@ -19,6 +19,12 @@ def _no_reduced_precision() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run one process per core; more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder ``shared`` beside the checkout, with the CIFAR-10 archives; tests that read it skip without it."""

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from foldexport.fold.affine import Affine
 from foldexport.fold.analysis import MAX_SIGMA, Analysis, Wish, analyse
 from foldexport.fold.constants import Constants
-from foldexport.fold.ledger import Ledger
+from foldexport.fold.ledger import FOLDED, Ledger
 from foldexport.fold.needs import EXACT
 from foldexport.fold.pending import REPORTED, dynamic_axes, is_float, name_of, shape_of
 from foldexport.fold.stored import MAX_CARRIED, ROUNDING, Pending, Stored, can, push_down, rebase
@@ -344,6 +344,8 @@ class Fold:
                 affine, usable = rebase(pending.affine, pending.stored.since(pending.epoch))
                 values.append((node, pending.stored, affine, usable))
         order = sorted_by_use([s for s in self.order if s in alive or s.kind == "input"])
+        for entry in self.ledger.with_status(FOLDED):
+            entry.into = entry.into or "the values that read it"
         self.ledger.arrange({node: i for i, node in enumerate(self.analysis.graph.fx.nodes)})
         return FoldedGraph(order, inputs, outputs, values, self.ledger, self.analysis.graph, frozenset(self.undone))
 

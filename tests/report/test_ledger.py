@@ -13,12 +13,12 @@ from foldexport.report.terminal import words
 def test_what_folded_is_grouped_by_kind():
     entries = [Entry("a.bn", "batch_norm", into="a.conv"), Entry("b.bn", "batch_norm", into="a.conv, b.conv")]
     entries += [Entry("c", "mul", into="d"), Entry("e", "div", into="d"), Entry("f", "merge by sum", into="g")]
-    assert ledger.folded(entries, {"DiracConv2d": 12, "function": 1}) == [
+    assert ledger.folded(entries, {"DiracConv2d": 12, "functional": 1}) == [
         "2 batch norms folded into 2 layers",
         "2 constant factors folded into 1 layer",
         "1 branch merged by sum",
         "12 DiracConv2d weights evaluated once and for all",
-        "1 function weight evaluated once and for all",
+        "1 functional weight evaluated once and for all",
     ]
 
 
