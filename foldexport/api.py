@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
 from foldexport.errors import ModelError
+from foldexport.extremes import Extremes, extremes
 from foldexport.fold.analysis import MAX_SIGMA
 from foldexport.fold.constants import Constants
 from foldexport.fold.layers import KIND_OF
@@ -42,6 +43,7 @@ class Folded:
 
     module: plain ``nn.Module`` in eval mode, of the user's own type: ``nn.Sequential`` where it is a chain.
     ledger: what was folded and what was kept, and why. certificate: the proof, None when it was not asked for.
+    extremes: the largest weight and activation of the folded network, None without a certificate.
     source, graph, example: the training graph's module, its trace (at a batch of two or more), and the user's inputs.
     counts_before, counts_after: operators by kind. seconds: per stage.
     """
@@ -56,6 +58,7 @@ class Folded:
     output_names: list[str]
     counts_before: dict[str, int]
     counts_after: dict[str, int]
+    extremes: Extremes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,12 +92,14 @@ def fold(
         tell("fold")
         with _timed(seconds, "fold"), torch.no_grad():
             folded, rebuilt = _fold_without_growth(graph, max_sigma, before)
-        certificate = None
+        certificate = largest = None
         if certify:
             with _timed(seconds, "certify"):
                 certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data), module=module,
                                     noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
             certificate.require()
+            with _timed(seconds, "extremes"):
+                largest = extremes(rebuilt.program, noise_probes(graph, seed=seed)[0])
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
                 continue
         break
@@ -104,7 +109,7 @@ def fold(
         module=result, ledger=folded.ledger, certificate=certificate, source=module, graph=graph,
         example=(example,) if isinstance(example, Tensor) else tuple(example),
         input_names=list(graph.input_names), output_names=_output_names(folded),
-        counts_before=before, counts_after=rebuilt.counts, seconds=seconds,
+        counts_before=before, counts_after=rebuilt.counts, extremes=largest, seconds=seconds,
     )  # fmt: skip
 
 
