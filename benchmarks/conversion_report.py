@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import machine
+
 PROOF = ("certify", "reference", "verify onnx")  # the manifest's stages that count as proof
 
 

@@ -16,13 +16,13 @@ from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
 from foldexport.errors import ModelError
 from foldexport.extremes import Extremes, extremes
-from foldexport.fold.analysis import MAX_SIGMA
 from foldexport.fold.constants import Constants
 from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.passes import FoldedGraph, fold_graph
 from foldexport.fold.pending import name_of
 from foldexport.fold.rebuild import Rebuilt, in_dtype, rebuild
+from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
 from foldexport.probes import make, noise_probes
 from foldexport.trace import Graph, trace

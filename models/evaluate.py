@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from data import load_split, normalize
 from torch import Tensor
 from tqdm import tqdm
 
 import foldexport
-from data import load_split, normalize
 from foldexport import exporters
 from foldexport.recognise import recognise
 

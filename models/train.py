@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from data import Split, batches, load_split, normalize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import Split, batches, load_split, normalize
 from foldexport.zoo.diracnet import diracnet
 from foldexport.zoo.diracnet_files import PREPROCESSING
 from foldexport.zoo.diracnet_layouts import to_published

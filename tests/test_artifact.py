@@ -125,8 +125,7 @@ def test_one_path_for_two_formats(tmp_path):
 def test_full_disk_is_reported_with_the_destination(tmp_path):
     with (
         pytest.raises(UsageError, match="cannot write .*net.onnx: No space left"),
-        artifact.staged([tmp_path / "net.onnx"]),
+        artifact.staged([tmp_path / "net.onnx"]),open("/dev/full", "wb", buffering=0) as full
     ):
-        with open("/dev/full", "wb", buffering=0) as full:
-            full.write(b"x")
+        full.write(b"x")
     assert not listing(tmp_path)

@@ -112,7 +112,7 @@ def test_integers_masks_and_several_inputs():
     graph = trace(network, example)
     for probe in probing.make(graph):
         tokens, mask, image, vector = probe.inputs
-        assert tokens.dtype == torch.long and 0 <= int(tokens.min()) and int(tokens.max()) <= 10
+        assert tokens.dtype == torch.long and int(tokens.min()) >= 0 and int(tokens.max()) <= 10
         assert mask.dtype == torch.bool and {len(value) for value in probe.inputs} == {probe.samples}
         network.double()(*probe.inputs)
     tokens, mask, image, vector = probing.make(graph)[0].inputs

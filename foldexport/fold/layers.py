@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foldexport.fold.conv import Conv
-from foldexport.fold.passes import Operand
+from foldexport.fold.emitter import Operand
 from foldexport.fold.stored import Stored
 
 

@@ -18,7 +18,7 @@ from foldexport.fold import conv as algebra
 from foldexport.fold import pooling
 from foldexport.fold.affine import Affine
 from foldexport.fold.conv import Conv
-from foldexport.fold.passes import Fold
+from foldexport.fold.emitter import Fold
 from foldexport.fold.stored import Pending, Stored, channel_axis
 
 MAX_PATH = 4  # operators that one path may span

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from foldexport.fold.passes import Operand
+from foldexport.fold.emitter import Operand
 
 
 def _pool(kind: str) -> Callable[[dict], nn.Module]:

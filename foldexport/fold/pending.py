@@ -36,7 +36,7 @@ def name_of(node: fx.Node) -> str:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Sizes at the traced example."""
-    return tuple(_hint(size) for size in node.meta["val"].shape)
+    return tuple(hint(size) for size in node.meta["val"].shape)
 
 
 def dynamic_axes(node: fx.Node) -> frozenset[int]:
@@ -44,7 +44,8 @@ def dynamic_axes(node: fx.Node) -> frozenset[int]:
     return frozenset(i for i, size in enumerate(node.meta["val"].shape) if not isinstance(size, int))
 
 
-def _hint(size) -> int:
+def hint(size) -> int:
+    """The size at the traced example of an axis that may be symbolic."""
     return size if isinstance(size, int) else int(size.node.hint)
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from foldexport.fold.emitter import Operand
 from foldexport.fold.layers import Buffer, Step, layer_of
 from foldexport.fold.names import module_names
-from foldexport.fold.passes import FoldedGraph, Operand
+from foldexport.fold.passes import FoldedGraph
 from foldexport.fold.sequential import as_sequential
 from foldexport.fold.stored import Stored
 

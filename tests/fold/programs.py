@@ -175,4 +175,4 @@ def result(layer: nn.Module, shapes: list[Shape]) -> Shape | None:
     shape = tuple(value.shape[1:])
     if len(shape) != 3 or shape[0] % 2 or not 2 <= shape[0] <= 12:
         return None
-    return shape if 2 <= min(shape[1:]) and max(shape[1:]) <= 16 else None
+    return shape if min(shape[1:]) >= 2 and max(shape[1:]) <= 16 else None

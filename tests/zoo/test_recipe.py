@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from foldexport import checkpoint, zoo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "models"))
-import data as recipe_data  # noqa: E402
-import train as recipe  # noqa: E402
+import data as recipe_data
+import train as recipe
 
 CLASSES = ("ant", "bee")
 

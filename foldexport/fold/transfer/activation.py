@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
+from foldexport.fold.emitter import Fold
 from foldexport.fold.needs import EXACT, ZERO_SHIFT
-from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of
 from foldexport.fold.stored import Pending, Stored
 from foldexport.trace import bound
@@ -60,12 +60,12 @@ def clamp(fold: Fold, node: fx.Node) -> bool:
         return False
     rank = len(fold.pending(source).stored.shape)
     lower, upper = (end.reshape((1,) * (rank - end.dim()) + tuple(end.shape)) for end in found)
-    pending = _prepared(fold, node, source, plain=not bool(lower.any()))
+    pending = prepared(fold, node, source, plain=not bool(lower.any()))
     emit_clamp(fold, node, pending, lower, upper)
     return True
 
 
-def _prepared(fold: Fold, node: fx.Node, source: fx.Node, plain: bool) -> Pending:
+def prepared(fold: Fold, node: fx.Node, source: fx.Node, plain: bool) -> Pending:
     """The operand, moved towards ``(1, 0)`` as far as its maker can; shifted by one addition if readers need that."""
     pending = fold.pending(source)
     affine = pending.affine

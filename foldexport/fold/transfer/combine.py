@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
+from foldexport.fold.emitter import Fold, same
 from foldexport.fold.merge import merge_concatenation, merge_sum
 from foldexport.fold.needs import EXACT, ZERO_SHIFT
-from foldexport.fold.passes import Fold
 from foldexport.fold.pending import dynamic_axes, name_of, shape_of
-from foldexport.fold.stored import Pending
+from foldexport.fold.stored import Pending, can
+from foldexport.fold.transfer.activation import INFINITY, emit_clamp, prepared
 from foldexport.trace import bound
 
 CLOSE = 1e-14  # relative: scales that are equal but for the order of their products
@@ -103,8 +104,6 @@ def _both_free(fold: Fold, first: Pending, second: Pending) -> bool:
 
 
 def _able(pending: Pending, target: Affine) -> bool:
-    from foldexport.fold.stored import can
-
     if bool((target.scale == 0).any()):
         return False
     a, t = pending.affine.scale, pending.affine.shift
@@ -142,7 +141,7 @@ def _restored(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tup
     for movable, fixed, swap in ways:
         target = _target(movable, fixed.affine.scale)
         if target is not None and not bool((target.scale == 0).any()):
-            moved = fold._restore(movable, target, node, why)
+            moved = fold.restore(movable, target, node, why)
             return (moved, fixed, fixed.affine.scale) if swap else (fixed, moved, fixed.affine.scale)
     first, second = (fold.satisfy(p, EXACT, node, why) for p in (first, second))
     return first, second, first.affine.scale
@@ -174,8 +173,6 @@ def maximum(fold: Fold, node: fx.Node) -> bool:
     left, right = args["self"], args["other"]
     if fold.is_variable(left) and fold.is_variable(right):
         a, b = fold.pending(left), fold.pending(right)
-        from foldexport.fold.passes import same
-
         if a.stored.shape != b.stored.shape or not same(a.affine, b.affine) or not bool((a.affine.scale > 0).all()):
             return False
         stored = fold.call(node, "opaque", {left: a.stored, right: b.stored})
@@ -185,8 +182,6 @@ def maximum(fold: Fold, node: fx.Node) -> bool:
 
 
 def _with_constant(fold: Fold, node: fx.Node, left: fx.Node, right: fx.Node) -> bool:
-    from foldexport.fold.transfer.activation import INFINITY, _prepared, emit_clamp
-
     source, other = (left, right) if fold.is_variable(left) else (right, left)
     if other not in fold.constants or shape_of(source) != shape_of(node):
         return False
@@ -197,7 +192,7 @@ def _with_constant(fold: Fold, node: fx.Node, left: fx.Node, right: fx.Node) -> 
     lower, upper = (value, infinite) if name_of(node) == "maximum" else (-infinite, value)
     if any(axis in dynamic_axes(node) for axis, size in enumerate(value.shape) if size != 1):
         return False
-    emit_clamp(fold, node, _prepared(fold, node, source, plain=not bool(value.any())), lower, upper)
+    emit_clamp(fold, node, prepared(fold, node, source, plain=not bool(value.any())), lower, upper)
     return True
 
 
@@ -209,7 +204,7 @@ def concatenate(fold: Fold, node: fx.Node) -> bool:
         return False
     axis = args.get("dim", 0) % rank
     if axis in dynamic_axes(node) or not any(fold.is_variable(x) for x in tensors):
-        return _equal_or_exact(fold, node, tensors)
+        return _equal_affines(fold, node, tensors)
     pendings = [fold.pending(x) for x in tensors]
     if axis == 1 and len(pendings) > 1 and len({p.stored for p in pendings}) == len(pendings):
         merged = merge_concatenation(pendings)
@@ -231,9 +226,7 @@ def concatenate(fold: Fold, node: fx.Node) -> bool:
     return True
 
 
-def _equal_or_exact(fold: Fold, node: fx.Node, tensors) -> bool:
-    from foldexport.fold.passes import same
-
+def _equal_affines(fold: Fold, node: fx.Node, tensors) -> bool:
     if not all(fold.is_variable(x) for x in tensors):
         return False
     pendings = [fold.pending(x) for x in tensors]
@@ -248,8 +241,6 @@ def _equal_or_exact(fold: Fold, node: fx.Node, tensors) -> bool:
 
 def stack(fold: Fold, node: fx.Node) -> bool:
     """stack: opaque, unless every operand carries the same affine."""
-    from foldexport.fold.passes import same
-
     args = bound(node)
     tensors = args["tensors"]
     if not all(fold.is_variable(x) for x in tensors):

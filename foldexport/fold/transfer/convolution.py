@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from foldexport.fold import conv as algebra
 from foldexport.fold.constants import is_parameter
 from foldexport.fold.conv import Conv
+from foldexport.fold.emitter import Fold
 from foldexport.fold.merge import merge_composition
 from foldexport.fold.needs import EXACT, AlongAxis, ZeroShift
-from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of, shape_of
 from foldexport.fold.pooling import per_axis
 from foldexport.fold.stored import Pending, Stored
@@ -176,7 +176,7 @@ def _behind_upsample(fold: Fold, node: fx.Node, pending: Pending, conv: Conv) ->
     if not conv.is_pointwise or not pending.affine.varies_only_on(1):
         return False
     small, channels = stored.inputs[0], shape_of(node)[1]
-    if channels > stored.shape[1] or _volume(small.shape[2:]) >= _volume(stored.shape[2:]) or not stored.maps == []:
+    if channels > stored.shape[1] or _volume(small.shape[2:]) >= _volume(stored.shape[2:]) or stored.maps:
         return False
     early = fold.emit(node, "conv", [small], suffix="_early", conv=_absorbed(conv, pending, 1), shared=None,
                       shape=(small.shape[0], channels, *small.shape[2:]), dynamic=small.dynamic)  # fmt: skip

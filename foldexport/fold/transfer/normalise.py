@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from foldexport.fold.affine import Affine
+from foldexport.fold.emitter import Fold
 from foldexport.fold.needs import EXACT
-from foldexport.fold.passes import Fold
 from foldexport.fold.pending import name_of, shape_of
 from foldexport.fold.stored import Pending
 from foldexport.trace import bound

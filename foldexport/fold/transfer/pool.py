@@ -11,11 +11,10 @@ from torch import fx
 
 from foldexport.fold import pooling
 from foldexport.fold.affine import Affine
-from foldexport.fold.analysis import dynamic_axes
+from foldexport.fold.emitter import Fold
 from foldexport.fold.merge import merge_composition, pointwise_source, pool_as_conv
 from foldexport.fold.needs import EXACT, ZERO_SHIFT, NonNegative
-from foldexport.fold.passes import Fold
-from foldexport.fold.pending import name_of, shape_of
+from foldexport.fold.pending import dynamic_axes, name_of, shape_of
 from foldexport.fold.stored import Pending, Stored
 from foldexport.trace import bound
 
@@ -56,23 +55,9 @@ def max_pool_with_indices(fold: Fold, node: fx.Node) -> bool:
     space = _space(node, source)
     pending = fold.demand(node, source, NonNegative(space, strict=True), f"`{fold.label(node)}` returns indices")
     stored = fold.call(node, "opaque", {source: pending.stored})
-    import operator
-
-    from foldexport.fold.passes import Operand
-
-    parts: list = []
-    for index, value in enumerate(node.meta["val"]):
-        part = fold.emit(node, "opaque", [stored], suffix=f"_{index}", shape=pooled_shape(value),
-                         dynamic=frozenset(i for i, s in enumerate(value.shape) if not isinstance(s, int)),
-                         call=(operator.getitem, (Operand(0), index), {}))  # fmt: skip
-        part.reads = 2
-        parts.append(Pending.of(part, pending.affine, pending.carried) if index == 0 else part)
-    fold.values[node] = parts
+    values, *indices = fold.parts(node, stored)
+    fold.values[node] = [Pending.of(values, pending.affine, pending.carried), *indices]
     return True
-
-
-def pooled_shape(value: torch.Tensor) -> tuple[int, ...]:
-    return tuple(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
 
 
 def average(fold: Fold, node: fx.Node) -> bool:
@@ -156,8 +141,7 @@ def _reduced(node: fx.Node, affine: Affine, space: tuple[int, ...]) -> Affine:
     if len(shape_of(node)) == affine.rank:
         return affine
     keep = [axis for axis in range(affine.rank) if axis not in space]
-    drop = lambda x: x.reshape([x.shape[axis] for axis in keep])  # noqa: E731 - applied to both halves
-    return Affine(drop(affine.scale), drop(affine.shift))
+    return Affine(*(half.reshape([half.shape[axis] for axis in keep]) for half in (affine.scale, affine.shift)))
 
 
 def _with_axes(affine: Affine, space: tuple[int, ...]) -> Affine:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
 from foldexport.fold import reshape as mapping
 from foldexport.fold.affine import Affine
+from foldexport.fold.emitter import Fold
 from foldexport.fold.needs import EXACT
-from foldexport.fold.passes import Fold, Operand
 from foldexport.fold.pending import dynamic_axes, name_of, shape_of
 from foldexport.fold.stored import Pending
 from foldexport.trace import bound
@@ -93,19 +91,19 @@ def index(fold: Fold, node: fx.Node) -> bool:
     axis = args.get("dim", 0) % rank
     if axis in pending.affine.axes() and not _static(args):
         pending = _exact(fold, node, pending)
-    name = name_of(node)
-    cut = lambda x: x if x.shape[axis] == 1 else _cut(node, x, args)  # noqa: E731 - both halves alike
-    if name == "select":
-        scale, shift = (x.squeeze(axis) if x.shape[axis] == 1 else _cut(node, x, args) for x in _halves(pending.affine))
-        _put_view(fold, node, source, pending, Affine(scale, shift), lambda change: None if not change.is_identity else change)
+    halves = (pending.affine.scale, pending.affine.shift)
+    if name_of(node) == "select":
+        cut = [half.squeeze(axis) if half.shape[axis] == 1 else _cut(node, half, args) for half in halves]
+        _put_view(fold, node, source, pending, Affine(*cut), _identity_only)
         return True
-    scale, shift = (cut(x) for x in _halves(pending.affine))
-    _put_view(fold, node, source, pending, Affine(scale, shift), _kept_only(axis))
+    cut = [half if half.shape[axis] == 1 else _cut(node, half, args) for half in halves]
+    _put_view(fold, node, source, pending, Affine(*cut), _kept_only(axis))
     return True
 
 
-def _halves(affine: Affine):
-    return affine.scale, affine.shift
+def _identity_only(change: Affine) -> Affine | None:
+    """A view that no change but the identity goes back through."""
+    return change if change.is_identity else None
 
 
 def _static(args: dict) -> bool:
@@ -123,7 +121,7 @@ def expand(fold: Fold, node: fx.Node) -> bool:
     if not fold.is_variable(source) or len(shape_of(source)) != len(shape_of(node)):
         return False
     pending = fold.pending(source)
-    _put_view(fold, node, source, pending, pending.affine, lambda change: None if not change.is_identity else change)
+    _put_view(fold, node, source, pending, pending.affine, _identity_only)
     return True
 
 
@@ -138,20 +136,15 @@ def split(fold: Fold, node: fx.Node) -> bool:
     if axis in dynamic_axes(source) or (name_of(node) == "unbind" and axis in pending.affine.axes()):
         return False
     whole = fold.call(node, "opaque", {source: pending.stored})
-    parts, start = [], 0
-    for number, value in enumerate(node.meta["val"]):
-        shape = tuple(s if isinstance(s, int) else int(s.node.hint) for s in value.shape)
-        dynamic = frozenset(i for i, s in enumerate(value.shape) if not isinstance(s, int))
-        part = fold.emit(node, "opaque", [whole], suffix=f"_{number}", shape=shape, dynamic=dynamic,
-                         call=(operator.getitem, (Operand(0), number), {}))  # fmt: skip
-        part.reads = 2
+    found, start = [], 0
+    for part in fold.parts(node, whole):
         if name_of(node) == "unbind":
             affine = Affine(pending.affine.scale.squeeze(axis), pending.affine.shift.squeeze(axis))
         else:
-            affine = pending.affine.slice(axis, range(start, start + shape[axis]))
-            start += shape[axis]
-        parts.append(Pending.of(part, affine, pending.carried))
-    fold.values[node] = parts
+            affine = pending.affine.slice(axis, range(start, start + part.shape[axis]))
+            start += part.shape[axis]
+        found.append(Pending.of(part, affine, pending.carried))
+    fold.values[node] = found
     return True
 
 
