@@ -190,10 +190,12 @@ MEASURES = {
 }  # fmt: skip
 
 
-def measure(settings: Settings) -> dict[str, Row]:
-    """All rows; one whose processes fail says why, and fails."""
+def measure(settings: Settings, only: Sequence[str] = ()) -> dict[str, Row]:
+    """The rows asked for, all by default; one whose processes fail says why, and fails."""
     rows: dict[str, Row] = {}
     for call, keys in MEASURES.items():
+        if only and not set(only) & set(keys):
+            continue
         print(f"measuring {', '.join(keys)} …", file=sys.stderr, flush=True)
         try:
             rows |= call(settings)
@@ -237,12 +239,14 @@ def shown(settings: Settings) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="of everything that takes seconds (default: 7)")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="of torch (default: all cores)")
+    parser.add_argument("--threads", type=int, default=machine.cores(), help="of torch (default: all cores; 1 is steadier where others compute)")
     parser.add_argument("--quick", action="store_true", help="two rounds on a small network: shows that it works")
     parser.add_argument("--network", default="resnet50", help="a function of networks.py (default: resnet50)")
     parser.add_argument("--input-shape", default="1x3x224x224")
     parser.add_argument("--layers", type=int, nargs=2, default=(100, 1000), metavar=("FEW", "MANY"))
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
+    parser.add_argument("--only", nargs="+", default=(), metavar="ROW", choices=[limit.key for limit in LIMITS],
+                        help=f"print some rows, and write nothing: {', '.join(limit.key for limit in LIMITS)}")  # fmt: skip
     asked = parser.parse_args(arguments)
     if asked.quick:
         asked.rounds, asked.network, asked.input_shape, asked.layers = 2, "tiny_resnet", "1x3x32x32", (5, 10)
@@ -250,12 +254,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings(
             asked.network, asked.input_shape, tuple(asked.layers), asked.rounds, asked.threads, weights
         )
-        rows = measure(settings)
+        rows = measure(settings, asked.only)
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     found = document(LIMITS, rows, shown(settings), date)
     text = page(LIMITS, rows, found)
     print(text)
-    if asked.quick:
+    if asked.quick or asked.only:
         return
     asked.output.mkdir(parents=True, exist_ok=True)
     stem = asked.output / f"conversion-{date}"

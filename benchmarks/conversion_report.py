@@ -43,6 +43,8 @@ def table(limits: Sequence[Limit], rows: dict[str, Row]) -> str:
     """Markdown: every limit with what was measured against it."""
     lines = ["| measure | median | lowest … highest | limit | | medians |", "|---|---:|---:|---:|---|---|"]
     for limit in limits:
+        if limit.key not in rows:
+            continue
         row = rows[limit.key]
         verdict = "PASS" if row.passes(limit) else "FAIL"
         if row.failed:
@@ -64,6 +66,7 @@ def document(limits: Sequence[Limit], rows: dict[str, Row], settings: Mapping[st
         "rows": {
             limit.key: {**asdict(limit), **asdict(rows[limit.key]), "passes": rows[limit.key].passes(limit)}
             for limit in limits
+            if limit.key in rows
         },
     }
 
