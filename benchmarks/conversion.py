@@ -8,9 +8,9 @@ because Linux counts the memory of whoever starts a process towards its peak (ge
 
 What counts as **proof** are three stages of the manifest: ``certify`` (every value in float64, and the rounding of the
 outputs in float32), ``reference`` (the training graph's outputs in float64 that artifacts are compared with) and
-``verify onnx`` (the file run by its runtime on those inputs, its weights compared bit by bit). All else of the command is
-conversion: the check of the file by ``onnx.checker`` too, and that of what onnxsim made of it. A float64 forward pass is
-the network itself, ``module.double()``, run eagerly at batch 1 in the process that made the proof.
+``verify onnx`` (the file run by its runtime on those inputs, its weights compared bit by bit). All else of the command
+is conversion: the check of the file by ``onnx.checker`` too, and that of what onnxsim made of it. A float64 forward
+pass is the network itself, ``module.double()``, run eagerly at batch 1 in the process that made the proof.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ LIMITS = (
     Limit("residual", "seconds per layer, many layers / few: residual network", 1.5),
     Limit("command", "command less its proof / export script", 1.25),
     Limit("proof", "proof, in float64 forward passes at batch 1", 60.0, " passes", 1),
-    Limit("fold memory", "growth of peak memory in the fold stage / bytes of the weights", 4.0),
-    Limit("command memory", "peak memory of the command / of the export script", 1.25),
+    Limit("fold-memory", "growth of peak memory in the fold stage / bytes of the weights", 4.0),
+    Limit("command-memory", "peak memory of the command / of the export script", 1.25),
     Limit("help", "foldexport --help", 0.5, " s"),
 )
 
@@ -142,7 +142,7 @@ def command(settings: Settings) -> dict[str, Row]:
     detail = f"({wall:.2f} s − {statistics.median(proofs):.2f} s of proof) / {statistics.median(plain):.2f} s"
     return {
         "command": Row(_ratios(net, plain), detail),
-        "command memory": Row(_ratios(ours, theirs), f"{_mebibytes(ours)} / {_mebibytes(theirs)}"),
+        "command-memory": Row(_ratios(ours, theirs), f"{_mebibytes(ours)} / {_mebibytes(theirs)}"),
     }
 
 
@@ -175,7 +175,7 @@ def fold_memory(settings: Settings) -> dict[str, Row]:
     ratios = {name: [each["grown_bytes"] / each["weight_bytes"] for each in taken] for name, taken in found.items()}
     weights = _mebibytes([each["weight_bytes"] for each in found["fold"]])
     grown = _mebibytes([each["grown_bytes"] for each in found["fold"]])
-    return {"fold memory": Row(ratios["fold"], f"{grown} / {weights}; fuse {statistics.median(ratios['fuse']):.2f}×")}
+    return {"fold-memory": Row(ratios["fold"], f"{grown} / {weights}; fuse {statistics.median(ratios['fuse']):.2f}×")}
 
 
 def help_text(settings: Settings) -> dict[str, Row]:
@@ -185,8 +185,8 @@ def help_text(settings: Settings) -> dict[str, Row]:
 
 
 MEASURES = {
-    fold: ("fold",), layers: ("chain", "residual"), command: ("command", "command memory"), proof: ("proof",),
-    fold_memory: ("fold memory",), help_text: ("help",),
+    fold: ("fold",), layers: ("chain", "residual"), command: ("command", "command-memory"), proof: ("proof",),
+    fold_memory: ("fold-memory",), help_text: ("help",),
 }  # fmt: skip
 
 
@@ -237,17 +237,7 @@ def shown(settings: Settings) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of everything that takes seconds (default: 7)")
-    parser.add_argument("--threads", type=int, default=machine.cores(), help="of torch (default: all cores; 1 is steadier where others compute)")
-    parser.add_argument("--quick", action="store_true", help="two rounds on a small network: shows that it works")
-    parser.add_argument("--network", default="resnet50", help="a function of networks.py (default: resnet50)")
-    parser.add_argument("--input-shape", default="1x3x224x224")
-    parser.add_argument("--layers", type=int, nargs=2, default=(100, 1000), metavar=("FEW", "MANY"))
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
-    parser.add_argument("--only", nargs="+", default=(), metavar="ROW", choices=[limit.key for limit in LIMITS],
-                        help=f"print some rows, and write nothing: {', '.join(limit.key for limit in LIMITS)}")  # fmt: skip
-    asked = parser.parse_args(arguments)
+    asked = _parser().parse_args(arguments)
     if asked.quick:
         asked.rounds, asked.network, asked.input_shape, asked.layers = 2, "tiny_resnet", "1x3x32x32", (5, 10)
     with checkpoint(asked.network) as weights:
@@ -255,14 +245,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             asked.network, asked.input_shape, tuple(asked.layers), asked.rounds, asked.threads, weights
         )
         rows = measure(settings, asked.only)
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    found = document(LIMITS, rows, shown(settings), date)
+    found = document(LIMITS, rows, shown(settings), datetime.datetime.now(datetime.timezone.utc).date().isoformat())
     text = page(LIMITS, rows, found)
     print(text)
-    if asked.quick or asked.only:
-        return
-    asked.output.mkdir(parents=True, exist_ok=True)
-    stem = asked.output / f"conversion-{date}"
+    if not asked.quick and not asked.only:
+        _write(asked.output, found, text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    keys = [limit.key for limit in LIMITS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--rounds", type=int, default=7, help="of everything that takes seconds (default: 7)")
+    option("--threads", type=int, default=machine.cores(), help="of torch (default: all cores; 1 is steadier)")
+    option("--quick", action="store_true", help="two rounds on a small network: shows that it works, writes nothing")
+    option("--only", nargs="+", default=(), metavar="ROW", choices=keys, help=f"writes nothing; any of {', '.join(keys)}")
+    option("--network", default="resnet50", help="a function of networks.py (default: resnet50)")
+    option("--input-shape", default="1x3x224x224")
+    option("--layers", type=int, nargs=2, default=(100, 1000), metavar=("FEW", "MANY"))
+    option("--output", type=Path, default=HERE / "results", help="folder of the results (default: benchmarks/results)")
+    return parser
+
+
+def _write(folder: Path, found: dict[str, Any], text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"conversion-{found['date']}"
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
 

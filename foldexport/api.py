@@ -98,7 +98,7 @@ def fold(
                 certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data), module=module,
                                     noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
             certificate.require()
-            with _timed(seconds, "extremes"):
+            with _timed(seconds, "certify"):
                 largest = extremes(rebuilt.program, noise_probes(graph, seed=seed)[0])
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
                 continue
@@ -157,8 +157,8 @@ def export(
     """
     from foldexport import artifact, exporters
     from foldexport.exporters.options import ExportOptions
-    from foldexport.reference import reference
     from foldexport.verify import require
+    from foldexport.verify.reference import reference
 
     exporter = exporters.exporter(exporters.get(format))
     artifact.check_destination(path, overwrite=overwrite)

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from foldexport.errors import ModelError, UsageError
 from foldexport.trace import Graph
-from foldexport.views import bound, packet_name
+from foldexport.trace.views import bound, packet_name
 
 aten = torch.ops.aten
 

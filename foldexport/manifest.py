@@ -23,10 +23,10 @@ from foldexport import __version__
 from foldexport.artifact import Artifact
 from foldexport.errors import UsageError
 from foldexport.exporters.options import ExportOptions
-from foldexport.reference import Reference
 from foldexport.study import Question, Study
 from foldexport.trace import Graph
 from foldexport.verify import Tolerance
+from foldexport.verify.reference import Reference
 
 SCHEMA = 1
 PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")

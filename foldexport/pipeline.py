@@ -17,9 +17,9 @@ from foldexport.artifact import Artifact, describe, staged
 from foldexport.errors import PrecisionError, UsageError
 from foldexport.exporters import Format
 from foldexport.exporters.options import ExportOptions
-from foldexport.reference import Reference, reference
 from foldexport.study import Clock, Progress, Question, Study, study
 from foldexport.verify import Tolerance, require
+from foldexport.verify.reference import Reference, reference
 
 __all__ = ["Order", "Outcome", "Question", "Study", "convert", "inspect"]
 

@@ -15,9 +15,9 @@ from foldexport import exporters, manifest
 from foldexport.artifact import sha256
 from foldexport.errors import CheckpointError, EquivalenceError, UsageError
 from foldexport.exporters import Format
-from foldexport.golden import check_golden
 from foldexport.study import Clock, Progress
 from foldexport.verify import Comparison, Tolerance
+from foldexport.verify.golden import check_golden
 
 
 @dataclass(eq=False)

@@ -22,9 +22,9 @@ from foldexport.errors import UsageError
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.rebuild import in_dtype
-from foldexport.golden import golden_inputs
 from foldexport.recognise import Network, recognise
 from foldexport.trace import Graph, trace
+from foldexport.verify.golden import golden_inputs
 
 Progress = Callable[[str], None]
 

@@ -67,7 +67,7 @@ def test_networks_have_batch_norms_of_both_signs(script) -> None:
 
 def test_command_and_script_are_compared(script, settings) -> None:
     rows = script("conversion").command(settings)
-    assert set(rows) == {"command", "command memory"}
+    assert set(rows) == {"command", "command-memory"}
     assert all(len(row.values) == 1 and row.values[0] > 0 and not row.failed for row in rows.values())
 
 
@@ -91,6 +91,7 @@ def test_a_measure_that_fails_fails_its_rows_alone(script, settings, monkeypatch
     monkeypatch.setattr(conversion, "MEASURES", measures)
     rows = conversion.measure(settings)
     assert rows["fold"].failed and not rows["help"].failed
+    assert set(conversion.measure(settings, ["help"])) == {"help"}
 
 
 def test_table_has_a_verdict_for_every_limit(script) -> None:

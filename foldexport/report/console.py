@@ -74,10 +74,12 @@ def formats(screen: Console, rows: Sequence[Status]) -> None:
     for title in ("format", "also", "file", "here"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        works, not_here = Text(f"✓ {row.format.runtime} {row.version}", "green"), Text(f"✗ {row.reason}", "yellow")
-        here = works if row.works else not_here
+        here = Text(f"✓ {row.format.runtime} {row.version}", "green") if row.works else Text("✗ see below", "yellow")
         table.add_row(row.format.name, ", ".join(row.format.aliases), f"NAME{row.format.suffix}", here)
     screen.print(table)
+    for row in rows:
+        if not row.works:  # a command to paste must not be broken across lines
+            screen.print(Text(f"{row.format.name}: {row.reason}", "yellow"), soft_wrap=True)
 
 
 def heading(screen: Console, title: str) -> None:

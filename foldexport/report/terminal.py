@@ -43,8 +43,7 @@ class Terminal:
             stack.enter_context(_stdout_to_stderr())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            for name in NOISY:
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+            stack.enter_context(_quiet_loggers())
             if self._quiet or not sys.stderr.isatty():
                 yield lambda stage: None
                 return
@@ -92,8 +91,21 @@ def screen(stream: Any) -> Console:
 
 
 def write_json(document: Mapping[str, Any]) -> None:
-    """One document on stdout."""
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    """One document on stdout, in ASCII, whatever the terminal's encoding is."""
+    click.echo(json.dumps(document, indent=1))
+
+
+@contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from foldexport.endtoend import beyond_jumps
+from foldexport.certify.endtoend import beyond_jumps
+from foldexport.certify.lockstep import first_line, is_inexact
 from foldexport.interpret import outputs
-from foldexport.lockstep import first_line, is_inexact
 
 if TYPE_CHECKING:
     from foldexport.probes import Probe

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from foldexport.lockstep import NUDGE, Lockstep, Schedule, Visit, is_identity, is_inexact
-from foldexport.views import packet_name
+from foldexport.certify.lockstep import NUDGE, Lockstep, Schedule, Visit, is_identity, is_inexact
+from foldexport.trace.views import packet_name
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Record

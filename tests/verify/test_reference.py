@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from foldexport.exporters.options import ExportOptions
-from foldexport.reference import MORE_SAMPLES, reference
 from foldexport.trace import trace
 from foldexport.verify import Comparison
+from foldexport.verify.reference import MORE_SAMPLES, reference
 from tests.statistics import randomise
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foldexport.agreement import disagreement
-from foldexport.endtoend import EndToEnd, EndToEndRun
+from foldexport.certify.agreement import disagreement
+from foldexport.certify.endtoend import EndToEnd, EndToEndRun
+from foldexport.certify.local import Finding, findings_on
+from foldexport.certify.lockstep import Lockstep, Schedule, first_line, is_inexact
+from foldexport.certify.rounding import Rounding, folded_in, rounding
 from foldexport.errors import EquivalenceError
-from foldexport.local import Finding, findings_on
-from foldexport.lockstep import Lockstep, Schedule, first_line, is_inexact
-from foldexport.rounding import Rounding, folded_in, rounding
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Program
@@ -132,7 +132,7 @@ def certify(
 
     with s computed from the training graph's own values in stored form. A channel near this bound or above is looked at
     again and allowed what float64 itself rounds, at most 6e-14 of the terms that really enter
-    (:func:`foldexport.local.recovery_rounding`, :func:`foldexport.local.operator_rounding`). Channels run along the one
+    (:func:`foldexport.certify.local.recovery_rounding`, :func:`foldexport.certify.local.operator_rounding`). Channels run along the one
     axis that the record varies on, else along axis 1, or the last one for linear layers and layer norms. Integers and
     booleans must be equal where their operator read exact bits.
 

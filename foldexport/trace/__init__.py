@@ -27,13 +27,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from foldexport.errors import ModelError, TraceError, UsageError
-from foldexport.functional import functionalize
-from foldexport.views import NotFunctional, bound, packet_name
+from foldexport.trace.functional import functionalize
+from foldexport.trace.views import NotFunctional, bound, packet_name
 
 __all__ = ["Graph", "bound", "packet_name", "trace"]
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_OWN_DIR = os.path.dirname(__file__) + os.sep
+_OWN_DIR = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _MAX_NAMES = 5
 

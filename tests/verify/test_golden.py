@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from foldexport.errors import CheckpointError
-from foldexport.golden import check_golden, golden, golden_inputs
 from foldexport.verify import FAIL_ABOVE
+from foldexport.verify.golden import check_golden, golden, golden_inputs
 from tests.exporters import networks
 from tests.exporters.networks import IMAGE, N32
 

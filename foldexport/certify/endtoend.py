@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from foldexport.lockstep import Runner, Schedule, first_line, is_identity, is_inexact
-from foldexport.views import packet_name
+from foldexport.certify.lockstep import Runner, Schedule, first_line, is_identity, is_inexact
+from foldexport.trace.views import packet_name
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Record

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from foldexport import trace as tracing
-from foldexport import views
-from foldexport.aliases import Aliases
+from foldexport.trace import views
+from foldexport.trace.aliases import Aliases
 from tests.eager import Function, assert_same_as_eager, operators
 from tests.statistics import randomise
 

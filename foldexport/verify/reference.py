@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from foldexport import interpret, probes
+from foldexport.certify.rounding import Errors, rounding
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
-from foldexport.golden import golden
-from foldexport.rounding import Errors, rounding
 from foldexport.trace import Graph
 from foldexport.verify import Comparison, Tolerance, compare
+from foldexport.verify.golden import golden
 
 MORE_SAMPLES = 32  # normal samples beyond the probes
 MORE_MULTIPLY_ADDS = 4e9  # that they may cost together

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from foldexport import views
-from foldexport.views import aten, bound, packet_name
+from foldexport.trace import views
+from foldexport.trace.views import aten, bound, packet_name
 
 META = ("val", "module", "module_type", "source")
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from foldexport.endtoend import beyond_jumps
+from foldexport.certify.endtoend import beyond_jumps
+from foldexport.certify.lockstep import Lockstep, Runner, Schedule, is_inexact
 from foldexport.interpret import cast, outputs
-from foldexport.lockstep import Lockstep, Runner, Schedule, is_inexact
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Program

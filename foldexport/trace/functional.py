@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from foldexport import views
-from foldexport.aliases import META, Alias, Aliases, Parts, is_tensor
-from foldexport.views import NotFunctional, aten, bound, out_of_place, packet_name
+from foldexport.trace import views
+from foldexport.trace.aliases import META, Alias, Aliases, Parts, is_tensor
+from foldexport.trace.views import NotFunctional, aten, bound, out_of_place, packet_name
 
 # Values that are their argument: nothing is emitted. A lifted constant is a copy, so it starts a storage of its own.
 _PASSED = {aten.alias.default, aten.detach.default, aten.detach_.default}
