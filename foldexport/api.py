@@ -24,7 +24,7 @@ from foldexport.fold.pending import name_of
 from foldexport.fold.rebuild import Rebuilt, in_dtype, rebuild
 from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
-from foldexport.probes import make, noise_probes
+from foldexport.probes import make, noise_probes, one_sample
 from foldexport.trace import Graph, trace
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def fold(
                                     noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
             certificate.require()
             with _timed(seconds, "certify"):
-                largest = extremes(rebuilt.program, noise_probes(graph, seed=seed)[0])
+                largest = extremes(rebuilt.program, one_sample(graph, seed=seed))
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
                 continue
         break

@@ -96,6 +96,8 @@ for each in (convert, inspect, verify, formats):
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are one or two lines on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
+    # Threads that spin while they wait make PyTorch several times slower wherever something else wants the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _polite():
             code = commands.main(args=words or ["--help"], prog_name="foldexport", standalone_mode=False)

@@ -6,6 +6,7 @@ end than at the other; the fold centres that range (foldexport.fold.passes), and
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,6 +66,9 @@ class _Watch(fx.Interpreter):
 
 def _peak(tensor: Tensor) -> float:
     """The largest finite magnitude; bounds of clamps may be infinite."""
+    low, high = (float(end) for end in tensor.aminmax())
+    if math.isfinite(low) and math.isfinite(high):
+        return max(-low, high)
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 

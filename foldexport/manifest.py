@@ -78,6 +78,7 @@ def describe(question: Question, study: Study) -> dict[str, Any]:
         "evaluated": study.evaluated,
         "ledger": study.ledger.to_list() if study.ledger is not None else None,
         "certificate": certificate,
+        "extremes": study.extremes.to_dict() if study.extremes else None,
     })  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from foldexport import api, costs, samples
 from foldexport.certify import Certificate
 from foldexport.costs import Costs
 from foldexport.errors import UsageError
+from foldexport.extremes import Extremes
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.rebuild import in_dtype
@@ -64,6 +65,7 @@ class Study:
     certificate: Certificate | None
     evaluated: dict[str, int]
     seconds: dict[str, float]
+    extremes: Extremes | None = None
 
     @property
     def levels(self) -> list[float] | None:
@@ -114,7 +116,7 @@ def _folded(network: Network, example: tuple, data: list | None, seed: int, cloc
         evaluated = evaluated_weights(folded.graph)
     return Study(
         network, in_dtype(folded.module, torch.float32), folded.graph, _as_float32(example), data, before, after,
-        folded.ledger, folded.certificate, evaluated, clock.seconds,
+        folded.ledger, folded.certificate, evaluated, clock.seconds, folded.extremes,
     )  # fmt: skip
 
 

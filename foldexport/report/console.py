@@ -209,6 +209,9 @@ def _certificate(screen: Console, found: Study) -> None:
         _sentence(screen, "", [warning], "yellow")
     for name, reason in found.certificate.dropped:
         _sentence(screen, "", [f"probe {name} left out: {reason}"], "dim")
+    if found.extremes is not None:
+        peaks = [("weight", found.extremes.weight), ("activation", found.extremes.activation)]
+        _sentence(screen, "largest", [f"{kind} {peak.value:.3g} in {peak.layer}" for kind, peak in peaks], "dim")
 
 
 def _files(screen: Console, done: Outcome) -> None:
