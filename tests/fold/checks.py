@@ -50,7 +50,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     """``max |found - wanted| / max |wanted|``; NaN where either holds one."""
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     peak = wanted.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((found - wanted).abs().max() / peak)
+    return float(((found - wanted).abs().max() / peak).detach())
 
 
 def assert_same(folded, module: nn.Module, *shapes: tuple[int, ...], tolerance: float = 1e-10,
