@@ -17,6 +17,7 @@ WORDS = {
     "add": ("constant term", "constant terms"),
     "sub": ("constant term", "constant terms"),
     "rsub": ("constant term", "constant terms"),
+    "repeated activation": ("repeated activation", "repeated activations"),
     "merge by sum": ("branch merged by sum", "branches merged by sum"),
     "merge by composition": ("convolution merged into the next", "convolutions merged into the next"),
     "merge by concatenation": ("branch merged by concatenation", "branches merged by concatenation"),

@@ -58,6 +58,8 @@ BEHIND_CONVOLUTION = {
 }
 
 BEFORE_CONVOLUTION = {
+    "relu_relu_conv": block(lambda: chain(first=nn.ReLU(), second=nn.ReLU(), conv=conv(8, 8)), relu=1, conv=1),
+    "relu6_relu_conv": block(lambda: chain(first=nn.ReLU6(), second=nn.ReLU(), conv=conv(8, 8)), relu6=1, conv=1),
     "bn_conv": block(lambda: chain(bn=bn(), conv=conv(8, 8, padding=0)), conv=1),
     "bn_conv_padded": block(lambda: chain(bn=bn(), conv=conv(8, 8)), kept="bn", add=1, conv=1),
     "bn_bn_conv": block(lambda: chain(bn1=bn(), bn2=bn(), conv=conv(8, 8, padding=0)), conv=1),

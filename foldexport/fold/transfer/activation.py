@@ -137,6 +137,7 @@ def emit_clamp(fold: Fold, node: fx.Node, pending: Pending, lower: Tensor, upper
     if bool(dead.any()):
         low, high, scale, shift = _dead_channels(fold, node, dead, (low, high), (scale, shift), torch.clamp(t, lower, upper))
     if _already_within(pending.stored, low, high):
+        fold.ledger.note(node, fold.label(node), "repeated activation").into = pending.stored.module or fold.maker(pending.stored)
         fold.pass_on(node, Pending.of(pending.stored, Affine(scale, shift), pending.carried))
         return
     stored = fold.emit(node, "clamp", [pending.stored], lower=low, upper=high)
