@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--rounds", type=int, default=7, help="of everything that takes seconds (default: 7)")
     option("--threads", type=int, default=machine.cores(), help="of torch (default: all cores; 1 is steadier)")
     option("--quick", action="store_true", help="two rounds on a small network: shows that it works, writes nothing")
-    option("--only", nargs="+", default=(), metavar="ROW", choices=keys, help=f"writes nothing; any of {', '.join(keys)}")
+    option("--only", nargs="+", default=(), metavar="ROW", choices=keys, help=f"writes nothing: {', '.join(keys)}")
     option("--network", default="resnet50", help="a function of networks.py (default: resnet50)")
     option("--input-shape", default="1x3x224x224")
     option("--layers", type=int, nargs=2, default=(100, 1000), metavar=("FEW", "MANY"))

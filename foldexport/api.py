@@ -69,12 +69,14 @@ def fold(
     certify: bool = True,
     data: list | None = None,
     seed: int = 0,
+    free: Sequence[str] = (),
     progress=None,
 ) -> Folded:
     """Fold an eval-mode network and prove that nothing changed.
 
     module: any ``nn.Module`` that ``torch.export`` can trace; it is not changed. example: its inputs, of any batch size.
-    data: further inputs to prove it on. progress: called with the name of each step as it begins.
+    data: further inputs to prove it on. free: "height", "width" where other sizes than the example's must work: the proof at
+    a second size is then part of the certificate, not an extra. progress: called with the name of each step as it begins.
 
     Raises ModelError (train mode, random operators, weights that are not finite), UsageError and TraceError (the network
     does not take the example, or cannot be traced), EquivalenceError (the proof failed).
@@ -84,6 +86,7 @@ def fold(
     tell("trace")
     with _timed(seconds, "trace"):
         graph = trace(module, example)
+        graph.dynamic.update({axis: True for axis in free if axis in ("height", "width")})
         check_deterministic(graph)
         check_finite(graph)
     dtype = weights_dtype(graph)

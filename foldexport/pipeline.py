@@ -70,7 +70,7 @@ def convert(question: Question, order: Order, progress: Progress | None = None) 
     clock = Clock(progress)
     places = destination.plan(question.checkpoint, order.output, order.formats)
     _refuse_early(question, order, places)
-    found = study(question, clock)
+    found = study(dataclasses.replace(question, free_axes=order.dynamic or ()), clock)
     options = _options(order, found)
     with clock.stage("reference"):
         expected = reference(

@@ -43,6 +43,7 @@ class Question:
     fold: bool = True
     trust_pickle: bool = False
     use_ema: bool | None = None
+    free_axes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -104,11 +105,13 @@ def study(question: Question, clock: Clock) -> Study:
         example = example_inputs(network, question, data)
     if not question.fold:
         return _plain(network, example, data, clock)
-    return _folded(network, example, data, question.seed, clock)
+    return _folded(network, example, data, question, clock)
 
 
-def _folded(network: Network, example: tuple, data: list | None, seed: int, clock: Clock) -> Study:
-    folded = api.fold(network.module, example, data=data, seed=seed, progress=clock.tell)
+def _folded(network: Network, example: tuple, data: list | None, question: Question, clock: Clock) -> Study:
+    folded = api.fold(
+        network.module, example, data=data, seed=question.seed, free=question.free_axes, progress=clock.tell
+    )
     clock.seconds |= folded.seconds
     with clock.stage("count"):
         before = costs.of_graph(folded.graph, network.module, folded.counts_before)

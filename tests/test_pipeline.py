@@ -12,6 +12,7 @@ from torch import nn
 
 import foldexport
 from foldexport import exporters, pipeline
+from foldexport.arch import load_arch
 from foldexport.errors import EquivalenceError, MissingDependencyError, ModelError, PrecisionError, UsageError
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.torchscript import TorchScriptExporter
@@ -249,3 +250,29 @@ def test_a_whole_pickled_network(tmp_path):
     torch.save(randomise(plain(), 0).train(), tmp_path / "own.pth")
     loaded = foldexport.load(tmp_path / "own.pth", trust_pickle=True)
     assert isinstance(loaded, nn.Sequential) and not loaded.training
+
+
+SIZED = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc((self.conv(x) * torch.linspace(0.5, 1.5, x.shape[-1])).relu().mean((2, 3)))
+"""
+
+
+def test_a_network_of_one_size_is_not_given_free_height_and_width(tmp_path):
+    """Its constant has the width of the example: at any other size the file would be another network."""
+    (tmp_path / "sized.py").write_text(SIZED)
+    arch = f"{tmp_path / 'sized.py'}:Net"
+    torch.save(load_arch(arch).state_dict(), tmp_path / "sized.pth")
+    question = pipeline.Question(tmp_path / "sized.pth", arch=arch, input_shapes=((1, 3, 16, 16),))
+    with pytest.raises(UsageError, match="height and width cannot be free"):
+        pipeline.convert(question, pipeline.Order(tuple(exporters.resolve("onnx")), dynamic=("batch", "height", "width")))
+    assert not list(tmp_path.glob("*.onnx"))

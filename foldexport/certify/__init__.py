@@ -23,7 +23,7 @@ from foldexport.certify.endtoend import EndToEnd, EndToEndRun
 from foldexport.certify.local import Finding, findings_on
 from foldexport.certify.lockstep import Lockstep, Schedule, first_line, is_inexact
 from foldexport.certify.rounding import Rounding, folded_in, rounding
-from foldexport.errors import EquivalenceError
+from foldexport.errors import EquivalenceError, UsageError
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Program
@@ -175,13 +175,16 @@ class _Proof:
         """The local certificate on one probe, then the whole folded network."""
         certificate = self.certificate
         run = Lockstep(self.schedule, probe.inputs, self._outputs.watch)
+        resized = probe.optional or probe.name == "second size"
         try:
             findings, peaks = findings_on(run, probe, self.schedule)
-            untraced = self._disagreement(probe) if probe.optional else ""
+            untraced = self._disagreement(probe) if resized else ""
         except Exception as error:  # a network may refuse a shape it was not traced for in any way it likes
-            if not probe.optional:
+            if not resized:
                 raise
             untraced = f"the network does not take {probe.shapes}: {first_line(error)}"
+        if untraced and not probe.optional:
+            raise UsageError(f"height and width cannot be free: {untraced}. Pass --dynamic batch")
         if untraced:
             certificate.skipped.append((probe.name, untraced))
             return
