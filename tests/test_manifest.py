@@ -15,7 +15,7 @@ from tests.command import files, save_dirac
 
 KEYS = [
     "foldexport", "command", "checkpoint", "architecture", "preprocessing", "costs", "evaluated", "ledger",
-    "certificate", "inputs", "outputs", "artifacts", "tolerance", "probes_left_out", "golden", "versions", "seconds",
+    "certificate", "extremes", "inputs", "outputs", "artifacts", "tolerance", "probes_left_out", "golden", "versions", "seconds",
 ]  # fmt: skip
 
 
