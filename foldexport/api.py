@@ -24,7 +24,7 @@ from foldexport.fold.pending import name_of
 from foldexport.fold.rebuild import Rebuilt, in_dtype, rebuild
 from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
-from foldexport.probes import make, noise_probes, one_sample
+from foldexport.probes import make, noise_probes
 from foldexport.trace import Graph, trace
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def fold(
                 certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data), module=module,
                                     noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
             certificate.require()
-            with _timed(seconds, "certify"):
-                largest = extremes(rebuilt.program, one_sample(graph, seed=seed))
+            largest = extremes(rebuilt.program, certificate.largest)
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
                 continue
         break
@@ -172,7 +171,8 @@ def export(
     example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
     rounding = None if folded.certificate is None else folded.certificate.rounding
     levels = None if rounding is None else rounding.levels
-    expected = reference(folded.graph, example, options, levels=levels, seed=seed)
+    known = folded.certificate.references if folded.certificate else ()
+    expected = reference(folded.graph, example, options, levels=levels, seed=seed, known=known)
     return artifact.write(
         exporter, module, example, path, options,
         prove=lambda file: require(expected.compare(exporter, file, module)), overwrite=overwrite,

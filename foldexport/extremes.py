@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from foldexport.fold.rebuild import Program
-from foldexport.probes import Probe
+if TYPE_CHECKING:
+    from foldexport.fold.rebuild import Program
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,15 @@ class Peak:
     value: float
     layer: str
 
+    def or_larger(self, tensor: Tensor, layer: str) -> Peak:
+        """This peak, or that of ``tensor`` in ``layer`` where it is larger."""
+        value = _peak(tensor)
+        return Peak(value, layer) if value > self.value else self
+
 
 @dataclass(frozen=True)
 class Extremes:
-    """Over all folded layers: the largest weight or bias, and the largest activation on one probe."""
+    """Over all folded layers: the largest weight or bias, and the largest activation on the probes of the certificate."""
 
     weight: Peak
     activation: Peak
@@ -38,30 +43,13 @@ class Extremes:
 
 
 @torch.no_grad()
-def extremes(program: Program, probe: Probe) -> Extremes:
-    """Measure a float64 program on one probe; one forward pass."""
-    watch = _Watch(program)
-    watch.run(*probe.inputs)
+def extremes(program: Program, activation: Peak) -> Extremes:
+    """The largest weight of a float64 program, beside the largest activation, which the certificate saw on its way."""
     weight = Peak(0.0, "")
     for name, tensor in program.module.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
-            weight = _larger(weight, _peak(tensor), name.rpartition(".")[0] or name)
-    return Extremes(weight, watch.largest)
-
-
-class _Watch(fx.Interpreter):
-    """Runs the program and remembers the largest finite value it made."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
-        self._labels = program.labels
-        self.largest = Peak(0.0, "")
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if node.op.startswith("call") and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            self.largest = _larger(self.largest, _peak(value), self._labels.get(node.name, node.name))
-        return value
+            weight = weight.or_larger(tensor, name.rpartition(".")[0] or name)
+    return Extremes(weight, activation)
 
 
 def _peak(tensor: Tensor) -> float:
@@ -70,7 +58,3 @@ def _peak(tensor: Tensor) -> float:
     if math.isfinite(low) and math.isfinite(high):
         return max(-low, high)
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
-
-
-def _larger(peak: Peak, value: float, layer: str) -> Peak:
-    return Peak(value, layer) if value > peak.value else peak

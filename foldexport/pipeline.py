@@ -76,6 +76,7 @@ def convert(question: Question, order: Order, progress: Progress | None = None) 
         expected = reference(
             found.graph, found.example, options, levels=found.levels, multiply_adds=found.before.multiply_adds,
             data=found.data, seed=question.seed, device=order.device,
+            known=found.certificate.references if found.certificate else (),
         )  # fmt: skip
     targets = [*places.artifacts, places.manifest]
     with destination.made(places.folder), staged(targets, overwrite=order.overwrite) as paths:

@@ -96,12 +96,6 @@ def noise_probes(graph: Graph, *, seed: int = 0) -> list[Probe]:
     return [Probe("normal", _draw(slots, batch, "normal", each)) for each in seeds]
 
 
-def one_sample(graph: Graph, *, seed: int = 0) -> Probe:
-    """A single normal sample, or as many as the network's batch is fixed at."""
-    slots = _slots(graph)
-    return Probe("normal", _draw(slots, _batch_size(graph, slots, 1), "normal", seed))
-
-
 def second_size(example: Tensor, large: bool) -> tuple[int, ...] | None:
     """Other sizes for the spatial axes (2 and up), unequal to each other and multiples of the usual strides.
 

@@ -53,10 +53,7 @@ def recognise(
     (an ``arch`` that cannot be used).
     """
     read = checkpoint.read(path, trust_pickle=trust_pickle, use_ema=use_ema)
-    if arch and ":" in arch:
-        network = _built(read, arch, dict(arch_args or {}))
-    else:
-        network = _known(read, arch, dict(arch_args or {}))
+    network = _built(read, arch, dict(arch_args or {})) if arch and ":" in arch else _known(read, arch, dict(arch_args or {}))
     network.notes[:0] = read.notes
     network.source = _facts(read)
     return network

@@ -24,6 +24,7 @@ from foldexport.certify.local import Finding, findings_on
 from foldexport.certify.lockstep import Lockstep, Schedule, first_line, is_inexact
 from foldexport.certify.rounding import Rounding, folded_in, rounding
 from foldexport.errors import EquivalenceError, UsageError
+from foldexport.extremes import Peak
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Program
@@ -40,6 +41,9 @@ class Certificate:
         them. silent: user's module -> channels that are 0 on every probe, whose readers were hardly tried.
     trace: why the training graph is not the user's module, empty where it is or was not compared.
     dropped: (probe, reason) of probes whose reference is not finite; skipped: of shapes that the network does not take.
+    largest: the largest activation of the folded network on the probes.
+    references: inputs of every probe, and the training graph's outputs on them in float64; artifacts are compared with
+        the same numbers.
     """
 
     failures: list[Finding] = field(default_factory=list)
@@ -54,6 +58,8 @@ class Certificate:
     trace: str = ""
     silent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    largest: Peak = Peak(0.0, "")
+    references: list[tuple[tuple, list[torch.Tensor]]] = field(default_factory=list, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -132,8 +138,8 @@ def certify(
 
     with s computed from the training graph's own values in stored form. A channel near this bound or above is looked at
     again and allowed what float64 itself rounds, at most 6e-14 of the terms that really enter
-    (:func:`foldexport.certify.local.recovery_rounding`, :func:`foldexport.certify.local.operator_rounding`). Channels run along the one
-    axis that the record varies on, else along axis 1, or the last one for linear layers and layer norms. Integers and
+    (:func:`foldexport.certify.local.recovery_rounding`, :func:`foldexport.certify.local.operator_rounding`). Channels run
+    along the one axis that the record varies on, else along axis 1, or the last one for linear layers and layer norms. Integers and
     booleans must be equal where their operator read exact bits.
 
     noise_probes: normal samples for the float32 rounding (`probes.noise_probes`); without them, and for a fold that is
@@ -205,6 +211,8 @@ class _Proof:
             self._proved.setdefault(finding.operator, set()).add(finding.value)
         certificate.worst = max([*findings, *filter(None, [certificate.worst])], key=lambda f: f.ratio, default=None)
         self._outputs.add(probe, run.watched)
+        leaves = [run.watched.get(getattr(leaf, "name", "")) for leaf in self._graph.fx.output_node().args[0]]
+        certificate.references.append((probe.inputs, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]))
 
     def conclude(self, probes: list[Probe]) -> None:
         """What only all probes together can say."""
@@ -214,6 +222,7 @@ class _Proof:
         certificate.n_values = len(set().union(*self._proved.values()))
         if certificate.probes:
             certificate.end_to_end = self._outputs.result(certificate.noise32)
+            certificate.largest = self._outputs.largest
             certificate.trace = self._disagreement(min(probes, key=_cost))
 
     def _disagreement(self, probe: Probe) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.certify.lockstep import Runner, Schedule, first_line, is_identity, is_inexact
+from foldexport.extremes import Peak
 from foldexport.trace.views import packet_name
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class EndToEndRun:
         self._counted = {node.name: [0, 0] for node in outputs if node.name not in self._points}
         self._top1: dict[str, TopOne] = {}
         self._refusal = ""
+        self.largest = Peak(0.0, "")
         self.watch = frozenset(self._points) | frozenset(node.name for node in outputs)
 
     def add(self, probe: Probe, reference: dict[str, Any]) -> None:
@@ -122,6 +124,7 @@ class EndToEndRun:
         except Exception as error:  # whatever an operator raises, the folded network does not run where it should
             self._refusal = self._refusal or f"{first_line(error)} (probe '{probe.name}')"
             return
+        self.largest = max(self.largest, runner.largest, key=lambda peak: peak.value)
         for name, found in runner.captured.items():
             wanted = reference.get(name)
             if name in self._points and is_inexact(wanted):
@@ -160,6 +163,7 @@ class _Capture(Runner):
     def __init__(self, schedule: Schedule, names: frozenset[str]) -> None:
         super().__init__(schedule.program.module)
         self.captured: dict[str, Tensor] = {}
+        self.largest, self._labels = Peak(0.0, ""), schedule.program.labels
         self._wanted: dict[str, tuple[str, Record]] = {}
         for node, records in schedule.records.items():
             for record in records:
@@ -169,6 +173,8 @@ class _Capture(Runner):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if n.op.startswith("call") and is_inexact(result) and result.numel():
+            self.largest = self.largest.or_larger(result, self._labels.get(n.name, n.name))
         for value, (node, record) in self._wanted.items():
             if node == n.name and isinstance(result, Tensor):
                 exact = is_identity(record) or not is_inexact(result)

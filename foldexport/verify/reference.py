@@ -68,13 +68,15 @@ def reference(
     data: Sequence[np.ndarray] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    known: Sequence[tuple[tuple, list[Tensor]]] = (),
 ) -> Reference:
     """Run the training graph in float64 on all inputs that artifacts are compared on.
 
     example: the user's own inputs, whose batch is the only one of an artifact with fixed sizes.
-    levels: of the certificate, measured here where there is none.
+    levels: of the certificate, measured here where there is none. known: inputs and outputs that the certificate has
+    computed on the CPU already.
     """
-    run = _runner(graph, device)
+    run = _runner(graph, device, known if device == "cpu" else ())
     batches = BATCHES if _free_batch(graph, options) else (_batch(example),)
     if levels is None:
         levels = rounding(graph, {}, probes.noise_probes(graph, seed=seed)).levels
@@ -116,13 +118,22 @@ def _rounds_as_usual(graph: Graph, found: Reference, places: list[int]) -> bool:
     return True
 
 
-def _runner(graph: Graph, device: str) -> Callable[..., list[Tensor]]:
+def _runner(
+    graph: Graph, device: str, known: Sequence[tuple[tuple, list[Tensor]]]
+) -> Callable[..., list[Tensor]]:
     def run(*inputs: Tensor) -> list[Tensor]:
+        for seen, outputs in known:
+            if len(seen) == len(inputs) and all(map(_identical, seen, inputs)):
+                return outputs
         with torch.no_grad():
             leaves = interpret.outputs(graph, inputs, torch.float64, device=device)
         return [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]
 
     return run
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _further(
