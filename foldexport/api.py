@@ -98,8 +98,9 @@ def fold(
         certificate = largest = None
         if certify:
             with _timed(seconds, "certify"):
-                certificate = prove(graph, rebuilt.program, make(graph, seed=seed, data=data), module=module,
-                                    noise_probes=noise_probes(graph, seed=seed), progress=progress)  # fmt: skip
+                probes = make(graph, seed=seed, data=data)
+                noise = noise_probes(graph, seed=seed, first=probes[0])
+                certificate = prove(graph, rebuilt.program, probes, noise_probes=noise, module=module, progress=progress)
             certificate.require()
             largest = extremes(rebuilt.program, certificate.largest)
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:

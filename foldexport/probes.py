@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from foldexport.trace import Graph
 
 LARGE_SAMPLE = 3 * 448 * 448  # input elements of one sample; above, probes stay at batch 1
+SMALL_SAMPLE = 3 * 128 * 128  # elements up to which a batch costs less than its samples one by one
 NOISE_SAMPLES = 8  # samples behind the float32 noise of the training graph
 USER_SAMPLES = 4  # samples taken from the user's data
 
@@ -88,12 +89,16 @@ def make(graph: Graph, *, seed: int = 0, data: Sequence | None = None) -> list[P
     return probes
 
 
-def noise_probes(graph: Graph, *, seed: int = 0) -> list[Probe]:
-    """At least eight normal samples, in batches of four where the network's batch is free."""
+def noise_probes(graph: Graph, *, seed: int = 0, first: Probe | None = None) -> list[Probe]:
+    """At least eight normal samples, several at a time where the network's batch is free and samples are small.
+
+    first: a probe of normal samples that is run anyway and counts among them.
+    """
     slots = _slots(graph)
-    batch = _batch_size(graph, slots, 1 if _sample_elements(slots) > LARGE_SAMPLE else 4)
-    seeds = range(seed + 2, seed + 2 + math.ceil(NOISE_SAMPLES / (batch or _traced_batch(slots))))
-    return [Probe("normal", _draw(slots, batch, "normal", each)) for each in seeds]
+    wanted = NOISE_SAMPLES - (first.samples if first is not None else 0)
+    batch = _batch_size(graph, slots, 1 if _sample_elements(slots) > SMALL_SAMPLE else min(4, max(1, wanted)))
+    seeds = range(seed + 2, seed + 2 + math.ceil(wanted / (batch or _traced_batch(slots))))
+    return [first] * (first is not None) + [Probe("normal", _draw(slots, batch, "normal", each)) for each in seeds]
 
 
 def second_size(example: Tensor, large: bool) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from foldexport.certify.agreement import disagreement
 from foldexport.certify.endtoend import EndToEnd, EndToEndRun
@@ -59,7 +60,7 @@ class Certificate:
     silent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     largest: Peak = Peak(0.0, "")
-    references: list[tuple[tuple, list[torch.Tensor]]] = field(default_factory=list, repr=False)
+    references: list[tuple[tuple, list]] = field(default_factory=list, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -159,7 +160,9 @@ def certify(
     certificate = proof.certificate
     if noise_probes and certificate.probes and not certificate.failures:
         tell("float32 rounding")
-        certificate.rounding = rounding(graph, {"folded": folded_in(program, torch.float32)}, noise_probes)
+        certificate.rounding = rounding(
+            graph, {"folded": folded_in(program, torch.float32)}, noise_probes, known=certificate.references
+        )
         certificate.rounding.blame(proof.schedule, noise_probes[0])
     tell("outputs")
     proof.conclude(probes)
@@ -211,8 +214,9 @@ class _Proof:
             self._proved.setdefault(finding.operator, set()).add(finding.value)
         certificate.worst = max([*findings, *filter(None, [certificate.worst])], key=lambda f: f.ratio, default=None)
         self._outputs.add(probe, run.watched)
-        leaves = [run.watched.get(getattr(leaf, "name", "")) for leaf in self._graph.fx.output_node().args[0]]
-        certificate.references.append((probe.inputs, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]))
+        leaves = pytree.tree_leaves(self._graph.fx.output_node().args[0])
+        found = [run.watched[leaf.name] if isinstance(leaf, torch.fx.Node) else leaf for leaf in leaves]
+        certificate.references.append((probe.inputs, found))
 
     def conclude(self, probes: list[Probe]) -> None:
         """What only all probes together can say."""
