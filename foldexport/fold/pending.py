@@ -1,4 +1,4 @@
-"""Operators that emit nothing: what each does to a pending affine (DESIGN: batch norm, constants, identities).
+"""Operators that emit nothing: what each does to a pending affine (batch norm, arithmetic with constants, identities).
 
 Every rule maps a node with one variable operand to ``(operand, outer)`` with ``v_out = outer(v_operand)``, or to None when
 the operator is something else here (two variables, a constant that enlarges the tensor, batch statistics).
