@@ -100,6 +100,10 @@ RESIDUAL = {
     ),
     "postactivation": block(lambda: PostactivationBlock(8), conv=2, relu=2, add=1),
     "padded_shortcut": block(lambda: PaddedShortcut(8, 12), conv=1, avg_pool=1, pad=1, add=1, relu=1),
+    "bn_padded_shortcut": block(
+        lambda: chain(stem=conv_bn(3, 8), relu=nn.ReLU(), bn=bn(), unit=PaddedShortcut(8, 12), head=conv(12, 4, padding=0)),
+        (3, 8, 8), conv=3, avg_pool=1, pad=1, add=1, relu=1, clamp=1,
+    ),
     "dense": block(DenseBlock, (3, 8, 8), conv=6, relu=3, clamp=2, cat=2),
     "convnext": block(
         lambda: ConvNeXtBlock(8), conv=1, permute=2, layer_norm=1, linear=2, gelu=1, add=1, kept="norm"

@@ -209,6 +209,8 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
     if 0 in padded:
         return False
     level = torch.as_tensor(value, dtype=torch.float64)
+    if padded == [1] and level.numel() == 1 and min(sides[1 - rank]) >= 0:
+        return _pad_channels(fold, node, pending, sides, float(level))
     stored_value = _stored_level(pending.affine, level)
     if any(axis in padded and axis != 1 for axis in pending.affine.axes()) or (1 in padded and not _uniform(pending.affine)):
         pending = fold.satisfy(pending, EXACT, node, f"it varies along the axes that `{fold.label(node)}` pads")
@@ -224,6 +226,19 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
     flat = [p for side in reversed(sides) for p in side]
     stored = fold.emit(node, "pad", [pending.stored], pads=flat, value=stored_value, zero_pad=zero_pad)
     fold.put(node, stored, pending.affine.compressed(), pending.carried)
+    return True
+
+
+def _pad_channels(fold: Fold, node: fx.Node, pending: Pending, sides, value: float) -> bool:
+    """New channels of a constant: they are stored as they are, whatever is pending on the others."""
+    stored_shape, rank = shape_of(node), pending.stored.rank
+    before, after = sides[1 - rank]
+    sizes = (before, stored_shape[1] - before - after, after)
+    own = Affine.identity(rank)
+    affine = Affine.cat((own, pending.affine, own), sizes, 1)
+    flat = [p for side in reversed(sides) for p in side]
+    stored = fold.emit(node, "pad", [pending.stored], pads=flat, value=value, zero_pad=None)
+    fold.put(node, stored, affine.compressed(), pending.carried)
     return True
 
 
