@@ -5,27 +5,31 @@ A new family is a file that declares a `Family`, and a line in `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from foldexport.checkpoint.tensors import check_finite, check_running_var
 from foldexport.errors import CheckpointError, UsageError
-from foldexport.zoo import diracnet_files
+from foldexport.zoo import diracnet_files, nfresnet_files, preresnet_files
 from foldexport.zoo.dirac import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU
 from foldexport.zoo.diracnet import DiracNet, diracnet
 from foldexport.zoo.family import Family, Identified
 from foldexport.zoo.loading import SHOWN_KEYS, uniform_precision
+from foldexport.zoo.nfresnet import nfresnet
+from foldexport.zoo.preresnet import preresnet
 
 __all__ = [
     "FAMILIES", "DiracConv1d", "DiracConv2d", "DiracConv3d", "DiracNet", "Family", "Identified", "NCReLU",
-    "arch_names", "diracnet", "identify",
+    "arch_names", "diracnet", "identify", "nfresnet", "preresnet",
 ]  # fmt: skip
 
-# Asked in this order; a checkpoint is of the first that recognises it.
+# All are asked; where several recognise a checkpoint, it is of the one whose network has exactly its keys and shapes.
 FAMILIES: tuple[Family, ...] = (
     diracnet_files.FAMILY,
+    nfresnet_files.FAMILY,
+    preresnet_files.FAMILY,
 )  # fmt: skip
 
 PREPROCESSING_FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "label_names")
@@ -56,10 +60,10 @@ def identify(
     """
     if not tensors:
         raise CheckpointError(f"{source}: holds no tensors.")
-    family = _named(arch) if arch else _recognising(tensors, source)
+    families = [_named(arch)] if arch else _recognising(tensors, source)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     plain, notes = uniform_precision(plain)
-    identified = family.load(plain, dict(arch_args or {}), source)
+    identified = _only(families, plain, dict(arch_args or {}), source)
     check_finite(plain, source)
     check_running_var(plain, source)
     identified.notes[:0] = notes
@@ -87,9 +91,26 @@ def _named(arch: str) -> Family:
     return found
 
 
-def _recognising(tensors: Mapping[str, Tensor], source: str) -> Family:
-    found = next((family for family in FAMILIES if family.recognises(tensors)), None)
-    if found is not None:
+def _only(families: Sequence[Family], tensors: dict[str, Tensor], arch_args: dict[str, Any], source: str) -> Identified:
+    """What the one family makes of the tensors that can; where none can, the first one's report of what does not fit."""
+    found, refusals = [], []
+    for family in families:
+        try:
+            found.append((family, family.load(tensors, arch_args, source)))
+        except CheckpointError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    if len(found) > 1:
+        listed = "; ".join(f"--arch {family.arch} ({identified.description})" for family, identified in found)
+        raise CheckpointError(f"{source}: its keys and shapes are those of {len(found)} networks.\nSay which: {listed}.")
+    return found[0][1]
+
+
+def _recognising(tensors: Mapping[str, Tensor], source: str) -> list[Family]:
+    """Every family that the checkpoint may be of."""
+    found = [family for family in FAMILIES if family.recognises(tensors)]
+    if found:
         return found
     keys = list(tensors)
     seen = ", ".join(keys[:SHOWN_KEYS]) + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
