@@ -12,24 +12,50 @@ from torch import Tensor
 
 from foldexport.checkpoint.tensors import check_finite, check_running_var
 from foldexport.errors import CheckpointError, UsageError
-from foldexport.zoo import diracnet_files, nfresnet_files, preresnet_files
+from foldexport.zoo import (
+    acnet_files,
+    dbb_files,
+    diracnet_files,
+    mobileone_files,
+    nfresnet_files,
+    preresnet_files,
+    repvgg_files,
+    resnet_files,
+    vgg_files,
+    wideresnet_files,
+)
+from foldexport.zoo.acnet import acnet
+from foldexport.zoo.dbb import dbb
 from foldexport.zoo.dirac import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU
 from foldexport.zoo.diracnet import DiracNet, diracnet
 from foldexport.zoo.family import Family, Identified
 from foldexport.zoo.loading import SHOWN_KEYS, uniform_precision
+from foldexport.zoo.mobileone import mobileone
 from foldexport.zoo.nfresnet import nfresnet
 from foldexport.zoo.preresnet import preresnet
+from foldexport.zoo.repvgg import repvgg
+from foldexport.zoo.resnet import resnet
+from foldexport.zoo.vgg import vgg
+from foldexport.zoo.wideresnet import wideresnet
 
 __all__ = [
     "FAMILIES", "DiracConv1d", "DiracConv2d", "DiracConv3d", "DiracNet", "Family", "Identified", "NCReLU",
-    "arch_names", "diracnet", "identify", "nfresnet", "preresnet",
+    "acnet", "arch_names", "dbb", "diracnet", "identify", "mobileone", "nfresnet", "preresnet", "repvgg", "resnet", "vgg",
+    "wideresnet",
 ]  # fmt: skip
 
 # All are asked; where several recognise a checkpoint, it is of the one whose network has exactly its keys and shapes.
 FAMILIES: tuple[Family, ...] = (
     diracnet_files.FAMILY,
-    nfresnet_files.FAMILY,
+    resnet_files.FAMILY,
+    wideresnet_files.FAMILY,
     preresnet_files.FAMILY,
+    nfresnet_files.FAMILY,
+    vgg_files.FAMILY,
+    repvgg_files.FAMILY,
+    mobileone_files.FAMILY,
+    acnet_files.FAMILY,
+    dbb_files.FAMILY,
 )  # fmt: skip
 
 PREPROCESSING_FIELDS = ("input_size", "interpolation", "mean", "std", "crop_pct", "label_names")

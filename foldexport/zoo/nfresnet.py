@@ -30,6 +30,7 @@ BOTTLENECK_DEPTHS = (50, 101)
 EXPANSION = 4
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))  # of unit variance behind a ReLU of a unit normal
 NF_ALPHA = 0.2
+INITIALISATIONS = ("backward", "fan_out", "brock")
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -187,14 +188,23 @@ def nfresnet(
 def initialise(network: NFResNet, scheme: str) -> None:
     """Draws the convolutions' weights and standardises them, so that mean and variance are exactly as asked.
 
-    "backward" (Civitelli et al., section 3): gradients keep their variance, ``Var[W] = 2/n_out``, ``n_out = k²·Cout/stride²``
-    (the positions of the output that an input position reaches); 1/n_out for a shortcut, which no ReLU follows.
-    "brock" (Brock et al.): activations keep theirs, ``Var[W] = 2/((1 − 1/π)·n_in)``, ``n_in = k²·Cin``, per filter.
-    Raises ValueError for another ``scheme``. Networks of weight-standardised convolutions, whose scale their gain
-    decides, are drawn from a unit normal.
+    A convolution of kernel k multiplies the variance of the gradient by ``n_out·Var[W]``, and the ReLU in front of it by ½;
+    a shortcut has none in front. With ``g = 2``, for a shortcut 1:
+
+    "backward" (Civitelli et al. 2021): gradients keep their variance, ``Var[W] = g/n_out`` over the whole tensor with
+        ``n_out = k²·Cout/stride²``, the positions of the output that a position of the input reaches. At stride 1 that is
+        the paper's k²·Cout (He et al. 2015, section 2.2), which counts positions that a stride leaves out.
+    "fan_out": ``n_out = k²·Cout`` at any stride. Each transition then takes the gradient's variance down to a quarter.
+    "brock" (Brock et al. 2021, section 4): activations keep theirs, ``Var[W] = γ²/n_in`` per filter, ``n_in = k²·Cin``,
+        ``γ² = 2/(1 − 1/π)`` (`RELU_GAIN`), 1 for a shortcut and the stem. A convolution then multiplies the variance of the
+        gradient by ``γ²/2 · n_out/n_in``, and a bottleneck, whose sizes cancel, by ``(γ²/2)³ = 3.2``: f's 3.2 and the
+        shortcut's 1 make 2.1 of c² = ½ in every block of equal sizes. NF-ResNet's α² = 0.04 in front of f hides it.
+
+    Biases are zero. Networks of weight-standardised convolutions, whose scale their gain decides, are drawn from a unit
+    normal. Raises ValueError for another ``scheme``.
     """
-    if scheme not in ("backward", "brock"):
-        raise ValueError(f"init {scheme!r}: an initialisation is 'backward' or 'brock'")
+    if scheme not in INITIALISATIONS:
+        raise ValueError(f"init {scheme!r}: an initialisation is {', '.join(map(repr, INITIALISATIONS))}")
     for name, module in network.named_modules():
         if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
             continue
@@ -206,8 +216,13 @@ def initialise(network: NFResNet, scheme: str) -> None:
                 continue
             over = (1, 2, 3) if scheme == "brock" else (0, 1, 2, 3)
             variance, mean = torch.var_mean(module.weight, dim=over, keepdim=True, correction=0)
-            fan_in, fan_out = module.weight[0].numel(), module.weight[:, 0].numel() / module.stride[0] ** 2
-            wanted = 2 / ((1 - 1 / math.pi) * fan_in)
-            if scheme == "backward":
-                wanted = (1 if name.endswith("shortcut") else 2) / fan_out
-            module.weight.sub_(mean).mul_(torch.sqrt(wanted / variance))
+            module.weight.sub_(mean).mul_(torch.sqrt(_wanted_variance(module, name, scheme) / variance))
+
+
+def _wanted_variance(conv: nn.Conv2d, name: str, scheme: str) -> float:
+    shortcut = name.endswith("shortcut")
+    fan_in, fan_out = conv.weight[0].numel(), conv.weight[:, 0].numel()
+    if scheme == "brock":
+        return (1 if shortcut or name == "conv1" else RELU_GAIN**2) / fan_in
+    reached = fan_out if scheme == "fan_out" else fan_out / conv.stride[0] ** 2
+    return (1 if shortcut else 2) / reached

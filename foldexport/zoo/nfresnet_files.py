@@ -62,8 +62,8 @@ def read(state: Mapping[str, Tensor]) -> Sequence[Candidate]:
         notes = ("c = √½, the paper's: the file does not hold it; --arch-arg c=… takes another",)
     kind = "three convolutions (bottleneck)" if bottleneck else "two convolutions"
     reason = (
-        f"{_evidence(scheme, bool(scales))}; blocks of {kind}, {reading.dashed(blocks)}; {kernel}x{kernel} stem of {width} channels: "
-        f"{stem}; fc has {arguments['num_classes']} rows"
+        f"{_evidence(scheme, bool(scales))}; blocks of {kind}, {reading.dashed(blocks)}; "
+        f"{kernel}x{kernel} stem of {width} channels: {stem}; fc has {arguments['num_classes']} rows"
     )
     return [Candidate(arguments, reason, notes)]
 

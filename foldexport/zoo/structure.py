@@ -7,6 +7,7 @@ missing, surplus and misshapen keys is that of the likeliest candidate.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,13 +40,23 @@ class Layout:
     """One way that a family's files name their tensors: ``rules`` are (regular expression, name in the network).
 
     The first rule that matches a key in full renames it; a key that no rule matches keeps its name. ``published``: rules of
-    the way back, for the names of keys that a file lacks.
+    the way back, for the names of keys that a file lacks. ``settles``: arguments that no key shows, and that the code with
+    these names has.
     """
 
     name: str
     mark: str  # a regular expression that some key of such a file matches in full, and no key of another layout
     rules: tuple[tuple[str, str], ...]
     published: tuple[tuple[str, str], ...] = ()
+    settles: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, mark: str, pairs: Sequence[tuple[str, str]], settles: Mapping[str, Any] | None = None) -> Layout:
+        """``pairs`` of published and network names, with ``#`` for a number and ``*`` for the rest, in the same order in both:
+        ``("block1.layer.#.bn1.*", "group0.block#.bn0.*")``."""
+        forth = tuple((_pattern(theirs), _template(ours)) for theirs, ours in pairs)
+        back = tuple((_pattern(ours), _template(theirs)) for theirs, ours in pairs)
+        return cls(name, mark, forth, back, settles or {})
 
     def applies(self, keys: Sequence[str]) -> bool:
         mark = re.compile(self.mark)
@@ -63,6 +74,15 @@ def _renamed_by(rules: Sequence[tuple[str, str]], key: str) -> str:
         if match := re.fullmatch(pattern, key):
             return match.expand(name)
     return key
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
+
+
+def _template(name: str) -> str:
+    places = itertools.count(1)
+    return re.sub(r"[#*]", lambda mark: rf"\g<{next(places)}>", name)
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,10 @@ class Structure:
 
     def family(self) -> Family:
         """The entry for ``FAMILIES``."""
-        return Family(self.name, self.arch, self.keys, lambda tensors: self.recognises(self._renamed(tensors)[0]), self.load)
+        return Family(self.name, self.arch, self.keys, self._recognises, self.load)
+
+    def _recognises(self, tensors: State) -> bool:
+        return self.recognises(_renamed(tensors, self._layout(tensors))[0])
 
     def load(self, tensors: dict[str, Tensor], arch_args: dict[str, Any], source: str) -> Identified:
         """The network that the tensors are of; ``arch_args`` overrule what the shapes say, and settle what they leave open.
@@ -100,8 +123,11 @@ class Structure:
         """
         if unknown := sorted(arch_args.keys() - set(self.arguments)):
             raise UsageError(f"--arch {self.arch} takes no {unknown[0]}; it takes {', '.join(self.arguments)}.")
-        state, file_key = self._renamed(tensors)
+        layout = self._layout(tensors)
+        state, file_key = _renamed(tensors, layout)
         found = self._candidates(state, arch_args, source)
+        if layout is not None:
+            found = [each for each in found if layout.settles.items() <= each.arguments.items()] or found
         filled = [(each, self._filled(state, each)) for each in found]
         fitting = [(each, whole) for each, whole in filled if self._fits(each, whole)]
         if len(fitting) > 1:
@@ -116,18 +142,9 @@ class Structure:
             preprocessing["num_classes"], preprocessing, list(candidate.notes),
         )  # fmt: skip
 
-    def _renamed(self, tensors: State) -> tuple[dict[str, Tensor], Callable[[str], str]]:
-        """The state under the network's names, and from a name of the network to the file's."""
+    def _layout(self, tensors: State) -> Layout | None:
         keys = list(tensors)
-        layout = next((each for each in self.layouts if each.applies(keys)), None)
-        if layout is None:
-            return dict(tensors), lambda name: name
-        files: dict[str, str] = {}
-        for key in keys:
-            name = layout.network_key(key)
-            # Of two keys with one name the second keeps its own, so that it is reported and not lost.
-            files[key if name in files or (name != key and name in tensors) else name] = key
-        return {name: tensors[key] for name, key in files.items()}, lambda name: files.get(name) or layout.file_key(name)
+        return next((each for each in self.layouts if each.applies(keys)), None)
 
     def _candidates(self, state: State, arch_args: Mapping[str, Any], source: str) -> list[Candidate]:
         try:
@@ -196,3 +213,15 @@ class Structure:
             f"{source}: is a {self.name}, but its keys and shapes are those of {len(fitting)} networks ({listed}).\n"
             f"Say which, for instance --arch {self.arch} {options}."
         )
+
+
+def _renamed(tensors: State, layout: Layout | None) -> tuple[dict[str, Tensor], Callable[[str], str]]:
+    """The state under the network's names, and from a name of the network to the file's."""
+    if layout is None:
+        return dict(tensors), lambda name: name
+    files: dict[str, str] = {}
+    for key in tensors:
+        name = layout.network_key(key)
+        # Of two keys with one name the second keeps its own, so that it is reported and not lost.
+        files[key if name in files or (name != key and name in tensors) else name] = key
+    return {name: tensors[key] for name, key in files.items()}, lambda name: files.get(name) or layout.file_key(name)

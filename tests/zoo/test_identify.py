@@ -208,11 +208,11 @@ def test_version_1_whose_channels_cannot_be_tiled():
 
 
 def test_unknown_keys_are_shown_with_the_way_out():
-    keys = [f"layer1.{i}.conv1.weight" for i in range(7)]
+    keys = [f"trunk.{i}.weight" for i in range(7)]
     with pytest.raises(CheckpointError) as caught:
         zoo.identify({**{key: torch.ones(1) for key in keys}, "fc.bias": torch.ones(1)}, source="r.pth")
     message = str(caught.value)
-    assert "layer1.0.conv1.weight" in message and "and 3 more" in message
+    assert "trunk.0.weight" in message and "and 3 more" in message
     assert "nearest: DiracNet, 1 of 8 keys fit" in message
     assert "--arch" in message
     with pytest.raises(CheckpointError, match="none comes near"):
@@ -240,7 +240,7 @@ def test_arch_asks_one_family_and_its_arguments_overrule(tensors):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"arch": "resnet"}, "the zoo has diracnet"),
+        ({"arch": "lenet"}, "the zoo has diracnet"),
         ({"arch": "diracnet", "arch_args": {"deep": 3}}, "takes no deep; it takes dataset, depth"),
         ({"arch": "diracnet", "arch_args": {"depth": 11}}, "depth 6n"),
         ({"arch": "diracnet", "arch_args": {"depth": "ten"}}, "arch diracnet"),

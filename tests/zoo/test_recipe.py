@@ -143,13 +143,13 @@ def test_learning_rate_rises_for_an_epoch_and_falls_to_zero():
 
 
 def command(folders, out, *more):
-    small = ["--depth", "10", "--width", "0.25", "--epochs", "3", "--batch-size", "8", "--seed", "5"]
+    small = ["--arch-arg", "depth=10", "--arch-arg", "width=0.25", "--epochs", "3", "--batch-size", "8", "--seed", "5"]
     return ["--data", str(folders), "--out", str(out), *small, *more]
 
 
 def test_weight_decay_is_on_weights_only(folders):
     args = recipe.parse_args(command(folders, "x.pth"))
-    model = recipe.MODELS["diracnet"].build(args, 2)
+    model = recipe.MODELS["diracnet"].build(depth=10, width=0.25, num_classes=2)
     decayed, others = recipe.make_optimizer(model, args).param_groups
     assert decayed["weight_decay"] == 5e-4 and others["weight_decay"] == 0
     assert {parameter.dim() for parameter in decayed["params"]} == {2, 4}
