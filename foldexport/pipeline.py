@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from foldexport import destination, device, exporters, manifest
-from foldexport.artifact import Artifact, describe, staged
+from foldexport import destination, device, exporters, manifest, propagation
+from foldexport.artifact import Artifact, check_destination, describe, staged
 from foldexport.errors import PrecisionError, UsageError
 from foldexport.exporters import Format
 from foldexport.exporters.options import ExportOptions
@@ -21,7 +21,7 @@ from foldexport.study import Clock, Progress, Question, Study, study
 from foldexport.verify import Tolerance, require
 from foldexport.verify.reference import Reference, reference
 
-__all__ = ["Order", "Outcome", "Question", "Study", "convert", "inspect"]
+__all__ = ["Order", "Outcome", "Question", "Study", "check_plot", "convert", "inspect", "plot"]
 
 PRECISIONS = ("fp32",)  # written today
 KNOWN_PRECISIONS = ("fp32", "fp16", "bf16")
@@ -60,6 +60,42 @@ class Outcome:
 def inspect(question: Question, progress: Progress | None = None) -> Study:
     """Everything up to the certificate; writes no file."""
     return study(question, Clock(progress))
+
+
+def check_plot(path: Path, *, overwrite: bool = False) -> None:
+    """Whether a picture can be drawn and put at ``path``, before any work.
+
+    Raises UsageError (not a .png, a file that exists, a folder that cannot be written) and MissingDependencyError.
+    """
+    from foldexport.report import plot as drawing
+
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--plot {path}: the picture is a PNG; wanted a name that ends with .png.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"--plot {path}: exists already; pass --overwrite to replace it, or name another file.")
+    drawing.require()
+    try:
+        with destination.made(path.parent):
+            check_destination(path, overwrite=True)
+    except UsageError as error:
+        reason = getattr(error.__cause__, "strerror", None) or "it is a folder"
+        raise UsageError(f"--plot {path}: no file can be put there ({reason}); name another.") from error
+
+
+def plot(
+    found: Study, path: Path, *, seed: int = 0, overwrite: bool = False, progress: Progress | None = None
+) -> propagation.Propagation:
+    """Measure how the signal propagates through both networks and draw it at ``path``."""
+    from foldexport.report import plot as drawing
+
+    clock = Clock(progress)
+    with clock.stage("measuring the signal"):
+        program = propagation.program_of(found.graph, found.after.operators) if found.after is not None else None
+        measured = propagation.measure(found.graph, program, data=found.data, seed=seed)
+    with destination.made(path.parent), staged([path], overwrite=overwrite) as (place,):
+        drawing.propagation(measured, found.network.description, place)
+    found.seconds |= clock.seconds
+    return measured
 
 
 def convert(question: Question, order: Order, progress: Progress | None = None) -> Outcome:
