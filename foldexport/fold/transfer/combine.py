@@ -15,6 +15,7 @@ from foldexport.fold.transfer.activation import INFINITY, emit_clamp, prepared
 from foldexport.trace import bound
 
 CLOSE = 1e-14  # relative: scales that are equal but for the order of their products
+EXTREME = 2.0**40  # a pending scale beyond this, or its inverse, is not multiplied with another
 
 
 def add(fold: Fold, node: fx.Node) -> bool:
@@ -159,12 +160,21 @@ def gate(fold: Fold, node: fx.Node) -> bool:
     reason = "both factors depend on the network's input"
     fold.ledger.kept(node, fold.label(node), "gate", reason)
     why = f"the product `{fold.label(node)}` would mix a shift with the other factor"
-    first = fold.demand(node, operands[0], ZERO_SHIFT, why)
-    second = first if operands[0] is operands[1] else fold.demand(node, operands[1], ZERO_SHIFT, why)
+    need = ZERO_SHIFT
+    if _extreme(fold.pending(operands[0]).affine.scale * fold.pending(operands[1]).affine.scale):
+        need, why = EXACT, f"the product `{fold.label(node)}` would multiply scales until they overflow"
+    first = fold.demand(node, operands[0], need, why)
+    second = first if operands[0] is operands[1] else fold.demand(node, operands[1], need, why)
     stored = fold.call(node, "opaque", {operands[0]: first.stored, operands[1]: second.stored})
     scale = first.affine.scale * second.affine.scale
     fold.put(node, stored, Affine.of(scale, 0.0, rank), (*first.carried, *second.carried))
     return True
+
+
+def _extreme(scale: Tensor) -> bool:
+    """Whether a scale other than 0 has left the range in which it can wait: products of products square it each time."""
+    size = scale[scale != 0].abs()
+    return bool(((size > EXTREME) | (size < 1 / EXTREME)).any())
 
 
 def maximum(fold: Fold, node: fx.Node) -> bool:
