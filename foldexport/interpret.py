@@ -46,7 +46,7 @@ def steps(
     Raises UsageError where an operator has no kernel for dtype, or inputs do not fit.
     """
     given = _placed(graph, inputs, dtype, device)
-    last = _last_users(graph.fx)
+    last = last_users(graph.fx)
     values: dict[fx.Node, Any] = {}
     for node in graph.fx.nodes:
         if node.op == "output":
@@ -134,7 +134,7 @@ def _placed(graph: Graph, inputs: Any, dtype: torch.dtype | None, device: str | 
     return (cast(tensor, dtype, device) for tensor in given)
 
 
-def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Node -> the nodes whose last use it is (a node that is not used is its own last)."""
     position = {node: at for at, node in enumerate(graph.nodes)}
     last: dict[fx.Node, list[fx.Node]] = {}

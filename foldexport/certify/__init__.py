@@ -24,6 +24,7 @@ from foldexport.certify.endtoend import EndToEnd, EndToEndRun
 from foldexport.certify.local import Finding, findings_on
 from foldexport.certify.lockstep import Lockstep, Schedule, first_line, is_inexact
 from foldexport.certify.rounding import Rounding, folded_in, rounding
+from foldexport.certify.sensitivity import moved_by_rounding
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.extremes import Peak
 
@@ -226,8 +227,18 @@ class _Proof:
         certificate.n_values = len(set().union(*self._proved.values()))
         if certificate.probes:
             certificate.end_to_end = self._outputs.result(certificate.noise32)
+            if not certificate.end_to_end.ok and not certificate.failures:
+                certificate.end_to_end = self._outputs.result(certificate.noise32, self._moved())
             certificate.largest = self._outputs.largest
             certificate.trace = self._disagreement(min(probes, key=_cost))
+
+    def _moved(self) -> dict[str, float]:
+        """How far rounding moves the values that are compared, over all probes."""
+        largest: dict[str, float] = {}
+        for inputs, _ in self.certificate.references:
+            for name, distance in moved_by_rounding(self._graph, inputs, self._outputs.compared).items():
+                largest[name] = max(largest.get(name, 0.0), distance)
+        return largest
 
     def _disagreement(self, probe: Probe) -> str:
         if self._module is None:

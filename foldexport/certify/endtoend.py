@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-9  # of the output's peak
 NOISE_DIGITS = 2.0**-19  # float64 roundoff over float32 roundoff (2^-29), times 1024
 INFORMATIVE = 1e-6  # of peak: outputs that differ less over all probes cannot show a mistake above TOLERANCE
+MAGNIFIED = 1024.0  # times what one roundoff at every operator does to the outputs
+BLIND = 1e-3  # of peak: a larger bound shows nothing
 MAX_TIES = 16  # near-ties listed
 
 _FINAL = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "logsigmoid", "log_sigmoid"})
@@ -114,7 +116,8 @@ class EndToEndRun:
         self._top1: dict[str, TopOne] = {}
         self._refusal = ""
         self.largest = Peak(0.0, "")
-        self.watch = frozenset(self._points) | frozenset(node.name for node in outputs)
+        self.compared = frozenset(self._points)
+        self.watch = self.compared | frozenset(node.name for node in outputs)
 
     def add(self, probe: Probe, reference: dict[str, Any]) -> None:
         """Run the folded network on a probe and compare with the training graph's watched values."""
@@ -144,15 +147,20 @@ class EndToEndRun:
         if scores and point.group == name and found.shape == wanted.shape:
             self._top1[name] = _joined(self._top1.get(name), top_one(wanted, found))
 
-    def result(self, noise: float | None = None) -> EndToEnd:
-        """noise: the training graph's own float32 noise; a network that magnifies rounding is allowed as much more."""
-        bound = max(TOLERANCE, NOISE_DIGITS * (noise or 0.0))
+    def result(self, noise: float | None = None, moved: dict[str, float] | None = None) -> EndToEnd:
+        """noise: the training graph's own float32 noise; a network that magnifies rounding is allowed as much more.
+
+        moved: how far one roundoff at every operator moves the training graph's values (`sensitivity`), where that was
+        measured; a network that it moves by a thousandth of the peak cannot be judged by its outputs.
+        """
+        own = max((value / (max(self._points[name].peaks) or 1.0) for name, value in (moved or {}).items()), default=0.0)
+        bound = max(TOLERANCE, NOISE_DIGITS * (noise or 0.0), MAGNIFIED * own)
         errors = {name: _relative(point) for name, point in self._points.items() if point.errors}
         worst = max(errors, key=errors.__getitem__, default="")
         spread: dict[str, float] = {}
         for point in self._points.values():
             spread[point.group] = max(spread.get(point.group, 0.0), _spread(point))
-        blind = [group for group, value in spread.items() if value < INFORMATIVE]
+        blind = [group for group, value in spread.items() if value < INFORMATIVE or bound > BLIND]
         agreement = {name: equal / total for name, (equal, total) in self._counted.items() if total}
         return EndToEnd(errors.get(worst, 0.0), bound, worst, blind, agreement, self._top1, self._refusal)
 
