@@ -59,15 +59,10 @@ def differences(found: Tensor, wanted: Tensor) -> list[dict]:
     return [{"image": int(i), "margin": float(margin[i])} for i in places]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", required=True, help="as for train.py: CIFAR-10, an image folder, or zips of one")
-    parser.add_argument("--to", default="onnx,torchscript")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
-    runs, preprocessing = runtimes(args.checkpoint, args.to)
-    split = load_split(args.data, "test", preprocessing["input_size"][-1])
+def measure(checkpoint: Path, data: str, formats: str) -> list[dict]:
+    """Top-1 of every runtime on the test images, its largest difference from the training graph, labels that differ."""
+    runs, preprocessing = runtimes(checkpoint, formats)
+    split = load_split(data, "test", preprocessing["input_size"][-1])
     reference, rows = None, []
     for name, run in runs.items():
         found = scores(run, split.images, preprocessing, name)
@@ -76,6 +71,17 @@ def main(argv: list[str] | None = None) -> int:
         changed = differences(found, reference)
         error = float((found - reference).abs().max() / reference.abs().max())
         rows.append({"runtime": name, "correct": correct, "images": len(split.labels), "max_error": error, "changed": changed})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", required=True, help="as for train.py: CIFAR-10, an image folder, or zips of one")
+    parser.add_argument("--to", default="onnx,torchscript")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    rows = measure(args.checkpoint, args.data, args.to)
     print(json.dumps(rows, indent=2) if args.json else table(rows))
     return int(any(each["margin"] > NEAR_TIE for row in rows for each in row["changed"]))
 

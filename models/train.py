@@ -1,9 +1,10 @@
 """Trains a zoo model and saves it in the layout its authors publish it in.
 
-    python models/train.py --model diracnet --depth 16 --width 2 --data PATH --out models/diracnet16_cifar10.pth
+    python models/train.py --model diracnet --arch-arg depth=16 --arch-arg width=2 --data PATH --out models/diracnet16_cifar10.pth
 
 SGD with Nesterov momentum, one epoch of warm-up, cosine schedule to zero, random crop and flip. After every epoch the
-state goes to ``OUT.run/`` (``--run-dir``): ``--resume`` goes on from there and gives what an uninterrupted run gives.
+state goes to ``OUT.run/`` (``--run-dir``): ``--resume`` goes on from there and gives what an uninterrupted run gives. Beside
+the checkpoint comes ``OUT.json``, the record of the run, of which card.py makes the model's card.
 """
 
 from __future__ import annotations
@@ -24,16 +25,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from foldexport.arch import parse_arch_args
 from foldexport.zoo.diracnet import diracnet
 from foldexport.zoo.diracnet_files import PREPROCESSING
 from foldexport.zoo.diracnet_layouts import to_published
+from foldexport.zoo.nfresnet import nfresnet
+from foldexport.zoo.preresnet import preresnet
+from foldexport.zoo.reading import CIFAR
+from foldexport.zoo.repvgg import repvgg
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model that can be trained here: how it is built, what it sees, how it is stored."""
+    """A model that can be trained here: its constructor in the zoo and what its checkpoint holds.
 
-    build: Callable[[argparse.Namespace, int], nn.Module]
+    All see CIFAR-10 images normalised with ``preprocessing``.
+    """
+
+    build: Callable[..., nn.Module]
     stored: Callable[[nn.Module], dict]
     preprocessing: dict
 
@@ -42,23 +51,27 @@ class Recipe:
         return self.preprocessing["input_size"][-1]
 
 
-def _build_diracnet(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    return diracnet("CIFAR", args.depth, args.width, num_classes)
-
-
 def _stored_diracnet(model: nn.Module) -> dict:
     params, stats = to_published(model.state_dict())
     return {"params": params, "stats": stats}
 
 
-MODELS = {"diracnet": Recipe(_build_diracnet, _stored_diracnet, PREPROCESSING["CIFAR"])}
+def _stored_plainly(model: nn.Module) -> dict:
+    return {"state_dict": dict(model.state_dict())}
+
+
+MODELS = {
+    "diracnet": Recipe(diracnet, _stored_diracnet, PREPROCESSING["CIFAR"]),
+    "nfresnet": Recipe(nfresnet, _stored_plainly, CIFAR),
+    "preresnet": Recipe(preresnet, _stored_plainly, CIFAR),
+    "repvgg": Recipe(repvgg, _stored_plainly, CIFAR),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="diracnet")
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--width", type=float, default=2)
+    parser.add_argument("--arch-arg", action="append", default=[], metavar="KEY=VALUE", help="of the model's constructor")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10, image folders or train.zip and test.zip")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
     parser.add_argument("--epochs", type=int, default=30)
@@ -108,7 +121,8 @@ class Trainer:
         self.args, self.train, self.test = args, train, test
         self.recipe = MODELS[args.model]
         torch.manual_seed(args.seed)
-        self.model = self.recipe.build(args, len(train.classes)).to(args.device, memory_format=torch.channels_last)
+        built = self.recipe.build(num_classes=len(train.classes), **parse_arch_args(args.arch_arg))
+        self.model = built.to(args.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, args)
         self.steps_per_epoch = len(train.labels) // args.batch_size
 
@@ -164,6 +178,22 @@ class Trainer:
         return state["epochs_done"]
 
 
+def record(args: argparse.Namespace, log: Path) -> dict:
+    """How the checkpoint came about: the command with the paths taken out, the recipe in words, a line for every epoch."""
+    given = [f"--arch-arg {pair}" for pair in args.arch_arg]
+    given += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("epochs", "lr", "seed")]
+    return {
+        "command": f"python models/train.py --model {args.model} {' '.join(given)}{' --bf16' * args.bf16} --data PATH --out X.pth",
+        "recipe": (
+            f"SGD with Nesterov momentum {args.momentum}, batch {args.batch_size}, peak learning rate {args.lr} with one epoch of "
+            f"warm-up and a cosine schedule, weight decay {args.weight_decay:g} on weights only, crops from a reflected border of "
+            f"4 pixels and flips, {'bfloat16 autocast' if args.bf16 else 'float32'}, seed {args.seed}"
+        ),
+        "torch": torch.__version__.partition("+")[0],
+        "epochs": [{key: round(value, 5) for key, value in json.loads(line).items()} for line in log.read_text().splitlines()],
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
@@ -183,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), file=sys.stderr, flush=True)
     save_atomically(run.recipe.stored(run.model), args.out)
+    args.out.with_suffix(".json").write_text(json.dumps(record(args, args.run_dir / "log.jsonl"), indent=1) + "\n")
     print(f"{args.out}: {run.test_accuracy():.2%} of {len(run.test.labels)} test images")
 
 
