@@ -18,6 +18,7 @@ from foldexport.fold import conv as algebra
 from foldexport.fold import pooling
 from foldexport.fold.affine import Affine
 from foldexport.fold.conv import Conv
+from foldexport.fold.crops import cropped_sides
 from foldexport.fold.emitter import Fold
 from foldexport.fold.stored import Pending, Stored, channel_axis
 
@@ -67,12 +68,13 @@ def paths(stored: Stored, length: int = MAX_PATH) -> list[Path]:
         return []
     source = stored.inputs[0]
     macs, moved = expense(source, step)
+    spent = 0.0 if stored.kind == "view" else macs  # a cut multiplies nothing
     label = (stored.module,) if stored.kind == "conv" else ()
-    found = [Path(source, step, macs, moved, label)]
+    found = [Path(source, step, spent, moved, label)]
     for first in paths(source, length - 1):
         composed = attempt(_compose_within_reason, first, step, macs)
         if composed is not None:
-            found.append(Path(first.source, composed, first.macs + macs, first.bytes + moved, first.labels + label))
+            found.append(Path(first.source, composed, first.macs + spent, first.bytes + moved, first.labels + label))
     return found
 
 
@@ -92,6 +94,8 @@ def as_conv(stored: Stored) -> Conv | None:
     elif stored.kind == "pad" and stored.attrs.get("zero_pad") is not None:
         pads = stored.attrs["zero_pad"]
         base = algebra.absorb_padding(algebra.identity(stored.shape[1], len(pads)), *zip(*pads, strict=True))
+    elif stored.kind == "view" and stored.node is not None and (cut := cropped_sides(stored.node)) is not None:
+        base = algebra.absorb_padding(algebra.identity(stored.shape[1], len(cut)), *zip(*cut, strict=True))
     else:
         return None
     change = stored.since(0)

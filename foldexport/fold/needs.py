@@ -51,6 +51,20 @@ class ZeroShift:
         return [unit(affine), live if bool((affine.scale == 0).any()) else _zero_shift(affine)]
 
 
+@dataclass(frozen=True, eq=False)
+class ShiftOf:
+    """``t = level``, one number for each channel: padding with that level is then zero padding of the stored tensor."""
+
+    level: torch.Tensor
+
+    def met(self, affine: Affine) -> bool:
+        return torch.equal(*torch.broadcast_tensors(affine.shift, self.level))
+
+    def targets(self, affine: Affine) -> list[Affine]:
+        live = torch.where(affine.scale == 0, 1.0, affine.scale)
+        return [Affine(*torch.broadcast_tensors(live, self.level))]
+
+
 @dataclass(frozen=True)
 class AlongAxis:
     """The affine varies along one axis at most: linear and convolution weights can then absorb it."""

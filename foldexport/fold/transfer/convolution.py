@@ -13,7 +13,7 @@ from foldexport.fold import conv as algebra
 from foldexport.fold.constants import is_parameter
 from foldexport.fold.conv import Conv
 from foldexport.fold.emitter import Fold
-from foldexport.fold.merge import merge_composition
+from foldexport.fold.merge import attempt, merge_composition
 from foldexport.fold.needs import EXACT, AlongAxis, ZeroShift
 from foldexport.fold.pending import name_of, shape_of
 from foldexport.fold.pooling import per_axis
@@ -162,8 +162,8 @@ def _through_pad(conv: Conv, pending: Pending) -> tuple[Conv, Stored]:
     pads = stored.attrs.get("zero_pad") if stored.kind == "pad" and stored.open else None
     if pads is None or conv.transposed or len(pads) != conv.spatial_rank or not pending.affine.has_zero_shift:
         return conv, stored
-    joined = algebra.absorb_padding(conv, *zip(*pads, strict=True))
-    if any(lo != hi or lo < 0 for lo, hi in joined.padding):
+    joined = attempt(algebra.absorb_padding, conv, *zip(*pads, strict=True))
+    if joined is None or any(lo != hi or lo < 0 for lo, hi in joined.padding):
         return conv, stored
     return joined, stored.inputs[0]
 

@@ -13,7 +13,7 @@ from foldexport.fold import pooling
 from foldexport.fold.affine import Affine
 from foldexport.fold.emitter import Fold
 from foldexport.fold.merge import merge_composition, pointwise_source, pool_as_conv
-from foldexport.fold.needs import EXACT, ZERO_SHIFT, NonNegative
+from foldexport.fold.needs import EXACT, ZERO_SHIFT, NonNegative, ShiftOf
 from foldexport.fold.pending import dynamic_axes, name_of, shape_of
 from foldexport.fold.stored import Pending, Stored
 from foldexport.trace import bound
@@ -216,8 +216,9 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
         pending = fold.satisfy(pending, EXACT, node, f"it varies along the axes that `{fold.label(node)}` pads")
         stored_value = _stored_level(pending.affine, level)
     if stored_value is None:
-        why = f"`{fold.label(node)}` pads with one value for all channels"
-        need = ZERO_SHIFT if not bool(level.any()) else EXACT
+        one = level.numel() == 1
+        why = f"`{fold.label(node)}` pads with {'one value for all channels' if one else 'values that are not its shift'}"
+        need = ZERO_SHIFT if not bool(level.any()) else EXACT if one else ShiftOf(level)
         pending = fold.satisfy(pending, need, node, why)
         stored_value = _stored_level(pending.affine, level)
     if stored_value is None:
