@@ -135,8 +135,8 @@ def table(found: dict) -> str:
         f"Largest |β/γ| absorbed upstream: {found['largest_absorbed']:.2f} (limit 4). Largest float32 error of the folded network: "
         f"{found['error']:.1e} of peak, {found['error_in_float32_noise']:.1f} times the float32 noise of the unfolded one.",
         "",
-        f"What each exact form costs under onnxruntime {ort.__version__}, {found['threads']} thread, batch {found['batch']}, medians "
-        f"of {found['rounds']} rounds in which all forms take turns; the fold chooses the first:",
+        f"What each exact form costs under onnxruntime {ort.__version__}, {found['threads']} thread, batch {found['batch']}, "
+        f"medians of {found['rounds']} rounds in which all forms take turns; the fold chooses the first:",
         "", "| form | median latency | ratio to the chosen form (95 % interval) |", "|---|---|---|",
     ]  # fmt: skip
     for name, latency in found["latency_ms"].items():

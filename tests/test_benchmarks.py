@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from foldexport.recognise import recognise
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 NETWORK, SHAPE = "tiny_resnet", "1x3x32x32"
@@ -120,3 +123,43 @@ def test_driver_imports_no_torch() -> None:
     """The peaks of what it starts would have its own memory in them."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import conversion; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(FOLDER)], check=False).returncode == 0
+
+
+def test_the_forms_of_activations_are_counted_and_timed(script, tmp_path) -> None:
+    forms = script("activation_forms")
+    path = Path(__file__).resolve().parents[1] / "models" / "preresnet20_cifar10.pth"
+    found = forms.measure(path, rounds=2, threads=1, batch=2)
+    assert sum(found["forms"].values()) == found["batch_norms"] == 19 and 0 < found["largest_absorbed"] <= 4
+    assert set(found["latency_ms"]) == {"chosen", "nothing absorbed upstream", "every clamp two-sided", "unfolded"}
+    assert "| chosen |" in forms.table(found)
+
+
+def test_every_form_computes_the_same(script) -> None:
+    forms = script("activation_forms")
+    example = torch.randn(2, 3, 32, 32)
+    network = recognise(Path(__file__).resolve().parents[1] / "models" / "preresnet20_cifar10.pth").module
+    built = forms.forms(network, example)
+    with torch.no_grad():
+        wanted = network(example)
+        assert all(torch.allclose(module(example), wanted, atol=1e-4) for module in built.values())
+
+
+def test_a_zoo_row_is_measured_checked_and_shown(script) -> None:
+    zoo, networks = script("zoo"), script("zoo_networks")
+    entry = networks.Entry(lambda: networks.preresnet(8, width=4), (3, 16, 16))
+    row = zoo.measure(entry)
+    zoo.check("small", row)
+    assert "| small |" in zoo.page({"Family": {"small": row}})
+    with pytest.raises(SystemExit, match="small: batch_norm left"):
+        zoo.check("small", {**row, "after": {"batch_norm": 1}})
+    with pytest.raises(SystemExit, match="more operators"):
+        zoo.check("small", {**row, "after": {"conv": 1000}})
+
+
+def test_a_ratio_of_latencies_has_its_interval(script) -> None:
+    ratio = script("interleaved").ratio
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(1.0, 0.05, 400), generator.normal(1.1, 0.05, 400)
+    value, low, high = ratio(other, one)
+    assert low < 1.1 < high and low < value < high and high - low < 0.05
+    assert ratio(one, one) == (1.0, 1.0, 1.0)
