@@ -76,8 +76,8 @@ def page(results: dict[str, dict[str, dict]]) -> str:
         "Operators that only pass values on (flatten, slices) are left out. γ of both signs is the hardest case: a batch norm that "
         "reads a sum which others read too then needs a clamp with a bound for each channel; with γ > 0 it is a plain ReLU.",
         "",
-        "Deep networks with gates are chaotic with such weights: one roundoff at every operator already moves their outputs by as much "
-        "as the *error* shown. Their outputs prove nothing then, and the certificate says so; its proof is that of every value.",
+        "Deep networks with gates are chaotic with such weights: one roundoff at every operator already moves their outputs by as "
+        "much as the *error* shown. Their outputs prove nothing then, and the certificate says so; its proof is that of every value.",
     ]
     heads = ("network", "before", "after", "kept, and why", "error", "noise")
     for family, rows in results.items():
