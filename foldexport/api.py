@@ -16,6 +16,7 @@ from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
 from foldexport.errors import ModelError
 from foldexport.extremes import Extremes, extremes
+from foldexport.fold.chain import chain_graph
 from foldexport.fold.constants import Constants
 from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
@@ -70,13 +71,16 @@ def fold(
     data: list | None = None,
     seed: int = 0,
     free: Sequence[str] = (),
+    chain: bool = False,
     progress=None,
 ) -> Folded:
     """Fold an eval-mode network and prove that nothing changed.
 
     module: any ``nn.Module`` that ``torch.export`` can trace; it is not changed. example: its inputs, of any batch size.
     data: further inputs to prove it on. free: "height", "width" where other sizes than the example's must work: the proof at
-    a second size is then part of the certificate, not an extra. progress: called with the name of each step as it begins.
+    a second size is then part of the certificate, not an extra. chain: take skip connections out as well, at the cost of
+    multiply-adds (foldexport.fold.chain); the ledger says which stay, and why. progress: called with the name of each step
+    as it begins.
 
     Raises ModelError (train mode, random operators, weights that are not finite), UsageError and TraceError (the network
     does not take the example, or cannot be traced), EquivalenceError (the proof failed).
@@ -95,6 +99,9 @@ def fold(
         tell("fold")
         with _timed(seconds, "fold"), torch.no_grad():
             folded, rebuilt = _fold_without_growth(graph, max_sigma, before)
+            if chain:
+                folded = chain_graph(folded, max_sigma)
+                rebuilt = rebuild(folded)
         certificate = largest = None
         if certify:
             with _timed(seconds, "certify"):

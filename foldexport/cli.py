@@ -38,6 +38,7 @@ SECTIONS = {
         "input_names",
         "output_names",
         "fold",
+        "chain",
     ),
     "Network": ("arch", "arch_args", "input_shapes", "use_ema", "trust_pickle"),
     "Proof": ("data", "seed", "atol", "rtol", "device"),

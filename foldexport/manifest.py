@@ -23,6 +23,7 @@ from foldexport import __version__
 from foldexport.artifact import Artifact
 from foldexport.errors import UsageError
 from foldexport.exporters.options import ExportOptions
+from foldexport.fold.ledger import SKIP_CONNECTION, Ledger
 from foldexport.study import Question, Study
 from foldexport.trace import Graph
 from foldexport.verify import Tolerance
@@ -76,10 +77,20 @@ def describe(question: Question, study: Study) -> dict[str, Any]:
         "preprocessing": network.preprocessing,
         "costs": {"before": study.before.to_dict(), "after": study.after.to_dict() if study.after else None},
         "evaluated": study.evaluated,
+        **({"chain": chained(study.ledger)} if question.chain else {}),
         "ledger": study.ledger.to_list() if study.ledger is not None else None,
         "certificate": certificate,
         "extremes": study.extremes.to_dict() if study.extremes else None,
     })  # fmt: skip
+
+
+def chained(ledger: Ledger) -> dict[str, Any]:
+    """What --chain did: the modules whose skip connections are gone, and those where one stays."""
+    entries = [entry for entry in ledger if entry.rule == SKIP_CONNECTION]
+    return {
+        "turned": [entry.module for entry in entries if entry.status == "folded"],
+        "kept": [{"module": entry.module, "reason": entry.reason} for entry in entries if entry.status == "kept"],
+    }
 
 
 def artifact_record(artifact: Artifact) -> dict[str, Any]:

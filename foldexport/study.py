@@ -44,6 +44,7 @@ class Question:
     trust_pickle: bool = False
     use_ema: bool | None = None
     free_axes: tuple[str, ...] = ()
+    chain: bool = False
 
 
 @dataclass(eq=False)
@@ -110,8 +111,9 @@ def study(question: Question, clock: Clock) -> Study:
 
 def _folded(network: Network, example: tuple, data: list | None, question: Question, clock: Clock) -> Study:
     folded = api.fold(
-        network.module, example, data=data, seed=question.seed, free=question.free_axes, progress=clock.tell
-    )
+        network.module, example, data=data, seed=question.seed, free=question.free_axes, chain=question.chain,
+        progress=clock.tell,
+    )  # fmt: skip
     clock.seconds |= folded.seconds
     with clock.stage("count"):
         before = costs.of_graph(folded.graph, network.module, folded.counts_before)

@@ -19,7 +19,7 @@ from foldexport.extremes import Peak
 from foldexport.trace.views import packet_name
 
 if TYPE_CHECKING:
-    from foldexport.fold.rebuild import Record
+    from foldexport.fold.records import Record
     from foldexport.probes import Probe
 
 TOLERANCE = 1e-9  # of the output's peak
@@ -176,7 +176,8 @@ class _Capture(Runner):
         for node, records in schedule.records.items():
             for record in records:
                 known = self._wanted.get(record.value)
-                if record.value in names and record.usable is None and (known is None or not is_identity(known[1])):
+                complete = record.is_whole and record.usable is None
+                if record.value in names and complete and (known is None or not is_identity(known[1])):
                     self._wanted[record.value] = (node, record)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -17,7 +17,7 @@ from foldexport.certify.lockstep import NUDGE, Lockstep, Schedule, Visit, is_ide
 from foldexport.trace.views import packet_name
 
 if TYPE_CHECKING:
-    from foldexport.fold.rebuild import Record
+    from foldexport.fold.records import Record
     from foldexport.probes import Probe
 
 TOLERANCE = 1e-11  # of the channel's peak
@@ -35,6 +35,7 @@ class Finding:
     value: name of the training graph's node; value_module: the user's module that makes it there.
     operator: name of the folded node; module: the user's name of it.
     channel: None where the value has no channels or the whole value is concerned; note: why, when it is not a number.
+    carried: the operator only hands an image of the value on, beside what it computes.
     """
 
     value: str
@@ -46,6 +47,7 @@ class Finding:
     bound: float
     probe: str
     note: str = ""
+    carried: bool = False
 
     @property
     def ratio(self) -> float:
@@ -55,7 +57,8 @@ class Finding:
         return self.error / self.bound if self.bound > 0 and math.isfinite(self.error) else math.inf
 
     def __str__(self) -> str:
-        what = f"'{self.module}' does not give the training graph's '{self.value_module or self.value}'"
+        verb = "carry" if self.carried else "give"
+        what = f"'{self.module}' does not {verb} the training graph's '{self.value_module or self.value}'"
         where = "" if self.channel is None else f", channel {self.channel}"
         detail = self.note or f"error {self.error:.3g}, allowed {self.bound:.3g}"
         return f"{what} ({self.value}{where}): {detail}, on probe '{self.probe}'"
@@ -74,8 +77,9 @@ def findings_on(run: Lockstep, probe: Probe, schedule: Schedule) -> tuple[list[F
         for record in visit.records if visit.computed is not None else ():
             channel, error, bound, note = _compare(run, visit, record, training[record.value], scratch)
             module = training[record.value].meta.get("module", "")
+            carried = record.image is not None
             findings.append(
-                Finding(record.value, module, visit.node.name, label, channel, error, bound, probe.name, note)
+                Finding(record.value, module, visit.node.name, label, channel, error, bound, probe.name, note, carried)
             )
         del visit  # its values must not outlive the next evaluation
     return findings, scratch.peaks
@@ -87,6 +91,7 @@ def _compare(run: Lockstep, visit: Visit, record: Record, training: fx.Node, scr
     if not isinstance(value, Tensor) or not isinstance(computed, Tensor):
         equal = type(value) is type(computed) and (isinstance(value, tuple | list) or value == computed)
         return None, 0.0 if equal else math.inf, 0.0, "" if equal else f"it gives {computed!r} for {value!r}"
+    value, computed = record.seen(value), record.part(computed)
     if value.shape != computed.shape:
         note = f"it gives shape {list(computed.shape)}, wanted {list(value.shape)}"
         return None, math.inf, 0.0, note
@@ -104,7 +109,8 @@ def _compare(run: Lockstep, visit: Visit, record: Record, training: fx.Node, scr
     ratio = torch.where(errors <= bounds, errors / bounds.clamp_min(1e-300), math.inf)
     excess = torch.where(errors <= bounds, ratio, torch.where(errors.isnan(), math.inf, 1 + errors / peaks.max()))
     worst = int(excess.argmax())
-    return worst if len(errors) > 1 else None, float(errors[worst]), float(bounds[worst]), ""
+    channel = int(record.image.index[worst]) if record.image is not None else worst if len(errors) > 1 else None
+    return channel, float(errors[worst]), float(bounds[worst]), ""
 
 
 def channel_axis(record: Record, value: Tensor, training: fx.Node) -> int | None:
@@ -128,8 +134,11 @@ def recovery_rounding(run: Lockstep, visit: Visit, record: Record, axis: int | N
     Where γ = 1e-8 follows a convolution, the convolution's own value is ``(s − shift)·1e8`` and keeps only half the
     digits of s. A wrong record or bias is wrong by a part of these terms, not by their last digits.
     """
-    scale, shift = (_along(part.abs(), visit.computed.dim(), axis) for part in (record.scale, record.shift))
-    total = ROUNDING * (scale * channel_peaks(visit.computed, axis) + shift)
+    computed = record.part(visit.computed)
+    scale, shift = (_along(part.abs(), computed.dim(), axis) for part in (record.scale, record.shift))
+    if record.image is not None:
+        shift = shift + 2 * _along(record.image.offsets(computed.dim()), computed.dim(), axis)
+    total = ROUNDING * (scale * channel_peaks(computed, axis) + shift)
     return torch.where(total.isfinite(), total, 0.0)
 
 
@@ -141,7 +150,7 @@ def operator_rounding(run: Lockstep, visit: Visit, record: Record, axis: int | N
     channel that carries a pending shift, the normalisation of a constant) is no better known than its terms.
     """
     moved = (run.nudged(visit, seed) for seed in (1, 2))
-    condition = sum(channel_peaks(record.scale * (each - visit.computed), axis) for each in moved)
+    condition = sum(channel_peaks(record.scale * record.part(each - visit.computed), axis) for each in moved)
     total = ROUNDING / NUDGE * condition
     return torch.where(total.isfinite(), total, 0.0)
 
@@ -175,7 +184,8 @@ class Scratch:
         """``max_c |scale·s + shift − v|`` and ``max_c |v|``; equal infinities and NaNs differ by nothing."""
         error = self._difference(record, computed, value)
         errors, peaks = channel_peaks(error, axis), channel_peaks(value, axis)
-        self.peaks[record.value] = peaks
+        if record.image is None:
+            self.peaks[record.value] = peaks
         if bool(errors.isfinite().all()) and bool(peaks.isfinite().all()):
             return errors, peaks
         recovered = record.scale * computed + record.shift

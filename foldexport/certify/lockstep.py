@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from foldexport.errors import FoldexportError
-from foldexport.fold.rebuild import Program, Record
+from foldexport.fold.rebuild import Program
+from foldexport.fold.records import Record
 from foldexport.interpret import evaluate, steps
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class Lockstep:
         yield visit
         self._references[node] = reference(computed, records, values)
         if records and not is_identity(records[-1]):
-            self._offsets[node] = _offset(records[-1])
+            self._offsets[node] = _offset(records, computed)
         elif records or exact:
             self._exact.add(node)
         if not records and inputs and is_inexact(computed):
@@ -219,7 +220,8 @@ def is_inexact(value: object) -> bool:
 
 def is_identity(record: Record) -> bool:
     """Whether the stored tensor is the training value itself, on every channel."""
-    return record.usable is None and bool((record.scale == 1).all()) and bool((record.shift == 0).all())
+    whole = record.is_whole and record.usable is None
+    return whole and bool((record.scale == 1).all()) and bool((record.shift == 0).all())
 
 
 def reference(computed: Any, records: list[Record], values: dict[str, Any]) -> Any:
@@ -227,11 +229,15 @@ def reference(computed: Any, records: list[Record], values: dict[str, Any]) -> A
 
     A record knows a channel when it is usable there and its scale is not 0. Channels that none knows, and operators
     without records, keep what the folded operator itself computed. None when that is missing or of another shape.
+    Records of some channels are put together.
     """
     result = computed
     for record in records:
         value = values.get(record.value)
         if not isinstance(value, Tensor):
+            continue
+        if not record.is_whole:
+            result = _with_part(result, record, value)
             continue
         if isinstance(result, Tensor) and value.shape != result.shape:
             result = None
@@ -248,7 +254,31 @@ def reference(computed: Any, records: list[Record], values: dict[str, Any]) -> A
     return result
 
 
-def _offset(record: Record) -> Tensor:
+def _with_part(result: Any, record: Record, value: Tensor) -> Any:
+    """``result`` with the channels of one record as the training graph has them; None where they do not fit."""
+    if not isinstance(result, Tensor):
+        return None
+    own, seen = record.part(result), record.seen(value)
+    if own.shape != seen.shape:
+        return None
+    known = record.scale != 0 if record.usable is None else (record.scale != 0) & record.usable
+    stored = torch.where(known, (seen - record.shift) / torch.where(known, record.scale, 1.0), own)
+    return stored if record.channels is None else result.index_copy(1, record.channels, stored)
+
+
+def _offset(records: list[Record], computed: Any) -> Tensor:
+    """The size at which a stored tensor was rounded beyond its own: by its last record, or channel by channel by its parts."""
+    if records[-1].is_whole or not isinstance(computed, Tensor):
+        return _shift_size(records[-1])
+    total = torch.zeros((1, computed.shape[1]) + (1,) * (computed.dim() - 2), dtype=torch.float64)
+    for record in records:
+        size = _shift_size(record) if record.image is None else _shift_size(record) + record.image.offsets(computed.dim())
+        channels = torch.arange(computed.shape[1]) if record.channels is None else record.channels
+        total = total.index_copy(1, channels, size.expand_as(record.part(total)))
+    return total
+
+
+def _shift_size(record: Record) -> Tensor:
     """``|shift / scale|`` where the record knows the channel, else 0."""
     scale = torch.where(record.scale == 0, 1.0, record.scale)
     return torch.where(record.scale == 0, 0.0, record.shift / scale).abs()

@@ -201,8 +201,8 @@ def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
         record = visit.records[-1]
         twin = twins[visit.node.name]
         inputs = {twins[source.name]: _single(value) for source, value in visit.references.items()}
-        error = (record.scale * (runner.run_on(twin, inputs).double() - visit.computed)).abs()
-        peak = float(visit.values[record.value].abs().max()) or 1.0
+        error = (record.scale * record.part(runner.run_on(twin, inputs).double() - visit.computed)).abs()
+        peak = float(record.seen(visit.values[record.value]).abs().max()) or 1.0
         axis = 1 if error.dim() > 1 else None
         per_channel = error.transpose(0, axis).flatten(1).amax(1) if axis else error.amax().reshape(1)
         channel = int(per_channel.argmax())

@@ -30,6 +30,7 @@ from foldexport.exporters import FORMATS
 @click.option(
     "--no-fold", "fold", is_flag=True, flag_value=False, default=True, help="Write the training graph as it is."
 )
+@click.option("--chain", is_flag=True, help="Take out skip connections as well, exactly: it costs multiply-adds.")
 @click.option("--atol", type=float, metavar="X", help="Allow an error of atol + rtol × the output's peak instead of 8 "
               "times the network's own float32 noise.")  # fmt: skip
 @click.option("--rtol", type=float, metavar="X", help="See --atol.")

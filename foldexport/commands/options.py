@@ -106,4 +106,7 @@ def question(options: dict[str, Any]) -> Any:
         raise UsageError(f"--seed {given['seed']}: wanted a number from 0 to {2**31 - 1}.")
     if arch_args and not given["arch"]:
         raise UsageError(f"--arch-arg {next(iter(arch_args))}=…: is an argument of --arch, which is not given.")
-    return Question(**given, arch_args=arch_args, fold=options.pop("fold", True))
+    fold, chain = options.pop("fold", True), options.pop("chain", False)
+    if chain and not fold:
+        raise UsageError("--chain: is done by the fold, which --no-fold leaves out.")
+    return Question(**given, arch_args=arch_args, fold=fold, chain=chain)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 FOLDED = "folded"
 KEPT = "kept"
+SKIP_CONNECTION = "skip connection"
 
 
 @dataclass

@@ -9,10 +9,11 @@ from foldexport.fold.stored import Stored
 
 
 def module_names(order: list[Stored], steps: dict[Stored, Step]) -> dict[Stored, str]:
-    """Stored tensor → dotted path. A user's module that became one layer keeps its path; functional code gets the path
-    of the module it stands in, and the operator's name behind it."""
+    """Stored tensor → dotted path. A user's module that became one layer keeps its path, and so do the calls of one without
+    weights, numbered; functional code gets the path of the module it stands in, and the operator's name behind it."""
     owners = Counter(stored.module for stored in order if stored in steps and stored.module and _is_layer(steps[stored]))
     folders = {path[: i] for path in owners for i, c in enumerate(path) if c == "."}
+    repeated = _repeated(order, steps)
     taken: set[str] = set()
     names: dict[Stored, str] = {}
     for stored in order:
@@ -20,7 +21,7 @@ def module_names(order: list[Stored], steps: dict[Stored, Step]) -> dict[Stored,
         if step is None or step.kind == "constant":
             continue
         path = stored.module
-        alone = path and owners[path] == 1 and path not in folders and _is_layer(step)
+        alone = path and (owners[path] == 1 or path in repeated) and path not in folders and _is_layer(step)
         base = path if alone else f"{path}.{step.kind}" if path else step.kind
         name, count = base, 1
         while name in taken or name in folders:
@@ -28,6 +29,17 @@ def module_names(order: list[Stored], steps: dict[Stored, Step]) -> dict[Stored,
         taken.add(name)
         names[stored] = name
     return names
+
+
+def _repeated(order: list[Stored], steps: dict[Stored, Step]) -> set[str]:
+    """Modules without weights that are called several times: everything under their path is one kind of layer."""
+    kinds: dict[str, set[str]] = {}
+    for stored in order:
+        if stored.module and stored in steps:
+            step = steps[stored]
+            plain = _is_layer(step) and step.before is None and not any(True for _ in step.module.parameters())
+            kinds.setdefault(stored.module, set()).add(step.kind if plain else "")
+    return {path for path, found in kinds.items() if len(found) == 1 and "" not in found}
 
 
 def _is_layer(step: Step) -> bool:

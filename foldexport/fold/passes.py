@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from foldexport.fold.emitter import Fold, why_exact
 from foldexport.fold.ledger import FOLDED, Ledger
 from foldexport.fold.needs import EXACT
 from foldexport.fold.pending import REPORTED, is_float, name_of
+from foldexport.fold.records import Record
 from foldexport.fold.stored import MAX_CARRIED, ROUNDING, Pending, Stored, push_down, rebase
 from foldexport.fold.transfer import TRANSFER, opaque
 from foldexport.fold.wishes import MAX_SIGMA
@@ -33,6 +34,7 @@ class FoldedGraph:
     """Stored tensors in execution order, the outputs, and every surviving value in final terms.
 
     undone: affine operators that had to be restored behind the place where they stood.
+    parts: what tensors that hold several values side by side store (:mod:`foldexport.fold.chain`).
     """
 
     order: list[Stored]
@@ -42,6 +44,7 @@ class FoldedGraph:
     ledger: Ledger
     graph: Graph
     undone: frozenset[fx.Node] = frozenset()
+    parts: list[tuple[Stored, Record]] = field(default_factory=list)
 
 
 def run(fold: Fold) -> FoldedGraph:

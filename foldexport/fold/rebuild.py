@@ -12,29 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from foldexport.fold.emitter import Operand
 from foldexport.fold.layers import Buffer, Step, layer_of
 from foldexport.fold.names import module_names
 from foldexport.fold.passes import FoldedGraph
+from foldexport.fold.records import Record
 from foldexport.fold.sequential import as_sequential
 from foldexport.fold.stored import Stored
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """A training value in terms of a folded node: ``v = scale ⊙ s + shift``.
-
-    value: name of the node in the training graph. scale, shift: float64, broadcastable to v. Channels with scale 0 carry no
-    information of s. usable: where the record holds (None: everywhere).
-    """
-
-    value: str
-    scale: Tensor
-    shift: Tensor
-    usable: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -206,17 +193,19 @@ def _records(folded: FoldedGraph, nodes: dict[Stored, fx.Node]) -> dict[str, lis
         if stored.kind in ("input", "constant"):
             continue
         records.setdefault(nodes[stored].name, []).append(Record(value.name, affine.scale, affine.shift, usable))
+    for stored, record in folded.parts:
+        records.setdefault(nodes[stored].name, []).append(record)
     for found in records.values():
         found.sort(key=_trust)
     return records
 
 
-def _trust(record: Record) -> tuple[bool, bool, float]:
-    """Sort key: complete records last, and of those the ones closest to ``(1, 0)``."""
+def _trust(record: Record) -> tuple[bool, bool, bool, float]:
+    """Sort key: records of the whole tensor last, of those complete ones, of those the ones closest to ``(1, 0)``."""
     magnitude = record.scale.abs()
     spread = float(magnitude.log().abs().amax()) if bool((magnitude > 0).all()) else float("inf")
     identity = bool((record.scale == 1).all()) and not bool(record.shift.any())
-    return record.usable is None, identity, -spread
+    return record.is_whole, record.usable is None, identity, -spread
 
 
 def _labels(folded: FoldedGraph, nodes: dict[Stored, fx.Node]) -> dict[str, str]:

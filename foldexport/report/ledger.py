@@ -18,6 +18,7 @@ WORDS = {
     "sub": ("constant term", "constant terms"),
     "rsub": ("constant term", "constant terms"),
     "repeated activation": ("repeated activation", "repeated activations"),
+    "skip connection": ("skip connection", "skip connections"),
     "merge by sum": ("branch merged by sum", "branches merged by sum"),
     "merge by composition": ("convolution merged into the next", "convolutions merged into the next"),
     "merge by concatenation": ("branch merged by concatenation", "branches merged by concatenation"),
