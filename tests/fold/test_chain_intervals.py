@@ -90,7 +90,7 @@ def sided(module: nn.Module) -> tuple[Tensor, Tensor]:
     (lambda: chain(relu=nn.ReLU(), cut=Apply(lambda x: x[:, 1:, ::2])), True),
     (lambda: conv_bn(4, 4), False),
     (lambda: nn.Sigmoid(), False),
-], ids=str)  # fmt: skip
+], ids=range(14))  # fmt: skip
 def test_what_is_proved_not_to_be_negative(build, known: bool):
     lower, _ = sided(build())
     assert bool((lower >= 0).all()) == known
