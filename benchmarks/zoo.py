@@ -77,7 +77,7 @@ def page(results: dict[str, dict[str, dict]]) -> str:
         "reads a sum which others read too then needs a clamp with a bound for each channel; with γ > 0 it is a plain ReLU.",
         "",
         "Deep networks with gates are chaotic with such weights: one roundoff at every operator already moves their outputs by as "
-        "much as the *error* shown. Their outputs prove nothing then, and the certificate says so; its proof is that of every value.",
+        "much as the *error* shown. Their outputs prove nothing then, and the certificate says so; it proves every value.",
     ]
     heads = ("network", "before", "after", "kept, and why", "error", "noise")
     for family, rows in results.items():

@@ -313,7 +313,7 @@ def test_inspect_writes_nothing(tmp_path):
     for words in ("is DiracNet v2, CIFAR, depth 10", "features.group2.block1.bn", "batch norm", "✓ float64"):
         assert words in result.out, words
     document = foldexport("inspect", tmp_path / "small.pth", "--json").document
-    assert document["architecture"]["name"] == "DiracNet" and len(document["ledger"]) == 8  # 7 batch norms, and the ReLU behind the stem's
+    assert document["architecture"]["name"] == "DiracNet" and len(document["ledger"]) == 8  # 7 batch norms and a repeated ReLU
 
 
 # ---- verify
