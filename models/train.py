@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -180,7 +181,7 @@ class Trainer:
 
 def record(args: argparse.Namespace, log: Path) -> dict:
     """How the checkpoint came about: the command with the paths taken out, the recipe in words, a line for every epoch."""
-    given = [f"--arch-arg {pair}" for pair in args.arch_arg]
+    given = [f"--arch-arg {shlex.quote(pair)}" for pair in args.arch_arg]
     given += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("epochs", "lr", "seed")]
     return {
         "command": f"python models/train.py --model {args.model} {' '.join(given)}{' --bf16' * args.bf16} --data PATH --out X.pth",
