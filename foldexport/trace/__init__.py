@@ -1,41 +1,44 @@
 """nn.Module and example input → Graph of functional ATen operators.
 
 ``torch.export`` traces at a batch of two or more (a batch of one specialises) with a symbolic batch where the network
-allows, else at the example's own batch. What follows is ours: parameters get their names from the user's module,
-in-place operators become functional (functional.py), and every node knows the module and source line it comes from.
+allows, else at the example's own batch (exporting.py has the ways that are tried). What follows is ours: parameters get
+their names from the user's module (naming.py), in-place operators become functional (functional.py), and every node knows
+the module and source line it comes from. The user's module is left as it was (kept.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-import linecache
-import logging
-import os
-import re
-import traceback
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from foldexport.errors import ModelError, TraceError, UsageError
+from foldexport.errors import FoldexportError, ModelError, TraceError, UsageError
+from foldexport.trace.calling import ByKeyword, Inputs, keywords_of, refuse_hidden_methods, run, unwrapped
+from foldexport.trace.explain import FIRST_LINE, first_line, untraceable
+from foldexport.trace.exporting import Exported, Failed, export, is_too_deep, quiet
+from foldexport.trace.forward import Untraceable
 from foldexport.trace.functional import functionalize
+from foldexport.trace.kept import kept
+from foldexport.trace.naming import describe, input_names, weights_of
+from foldexport.trace.rejected import rejected
+from foldexport.trace.repeatable import refuse_changing, same_values
+from foldexport.trace.scripted import unscript_parts, unscripted
 from foldexport.trace.views import NotFunctional, bound, packet_name
 
 __all__ = ["Graph", "bound", "packet_name", "trace"]
 
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_OWN_DIR = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _MAX_NAMES = 5
+_DEEP_LIMIT = 50_000  # of Python frames, in the thread that traces networks nested deeper than the usual thousand
+_DEEP_STACK = 1 << 29  # bytes
 
 
 @dataclass(eq=False)
@@ -46,6 +49,9 @@ class Graph:
     ``call_function`` nodes and one output, whose argument is a flat list (``out_spec`` unflattens it). A node's meta:
     ``val`` (FakeTensor, SymInt or a tuple), ``module`` (the user's path, '' at top level), ``module_type``,
     ``source`` ("file.py:123 in forward", or '').
+
+    module: what was traced and takes the graph's inputs in their order: the user's network without ``nn.DataParallel``
+    and the like, in Python where it is TorchScript. notes: what tracing fixed or left out, and where.
     """
 
     fx: fx.Graph
@@ -54,32 +60,64 @@ class Graph:
     out_spec: pytree.TreeSpec
     example: tuple[Tensor, ...]
     dynamic: dict[str, bool]
+    module: nn.Module | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: bool = True) -> Graph:
     """Traces module, in eval mode, on example; the module is not changed.
 
-    example: the positional inputs of ``forward``. dynamic: ask for a symbolic batch axis; ``Graph.dynamic`` says
-    whether the network allowed it.
+    example: the inputs of ``forward``, by position; those that it takes by keyword come last. dynamic: ask for a symbolic
+    batch axis; ``Graph.dynamic`` says whether the network allowed it.
 
-    Raises ModelError (train mode), UsageError (example is no tensor, or its shape is rejected by the network) and
-    TraceError (``torch.export`` cannot trace it), with the user's names and source line.
+    Raises ModelError (train mode, another result at each call), UsageError (example is no tensor, or the network does not
+    run on it) and TraceError (it cannot be traced), with the user's names and source line.
     """
     inputs = _checked(example)
-    _refuse_train_mode(module)
-    program, used, batched = _export(module, inputs, dynamic)
+    network = unwrapped(module)
+    if isinstance(network, torch.jit.ScriptModule):
+        network = _in_python(network, inputs)
+    refuse_hidden_methods(network)
+    _refuse_train_mode(network)
+    _refuse_lazy(network)
     try:
-        graph, tensors = _functional_graph(module, program)
+        return _traced(network, inputs, dynamic)
+    except Exception as error:
+        if not is_too_deep(error) or isinstance(error, FoldexportError):
+            raise
+    _refuse_too_deep(network, inputs)
+    return _in_thread(lambda: _traced(network, inputs, dynamic))
+
+
+def _traced(module: nn.Module, inputs: Inputs, dynamic: bool) -> Graph:
+    keywords = keywords_of(module, len(inputs))
+    with kept(module) as drawn:
+        unscript_parts(module)
+        exported = export(module, inputs, keywords, dynamic, lambda: _plain(module, inputs, keywords))
+        if isinstance(exported, Failed):
+            raise untraceable(module, exported) from exported.errors[0][1]
+        graph = _graph(module, exported, keywords)
+    refuse_changing(module, inputs, keywords, exported.changed, drawn)
+    return graph
+
+
+def _graph(module: nn.Module, exported: Exported, keywords: tuple[str, ...]) -> Graph:
+    program = exported.program
+    try:
+        graph, tensors = _functional_graph(module, program, keywords)
     except NotFunctional as first:
-        graph, tensors = _decomposed_graph(module, program, first)
+        graph, tensors = _decomposed_graph(module, program, keywords, first)
     names = [node.target for node in graph.find_nodes(op="placeholder")]
-    return Graph(graph, tensors, names, program.call_spec.out_spec, used, {"batch": batched})
+    called = ByKeyword(module, keywords) if keywords else module
+    return Graph(
+        graph, tensors, names, program.call_spec.out_spec, exported.used, {"batch": exported.batched}, called, exported.notes
+    )
 
 
 # ---- what the network and its example must be
 
 
-def _checked(example: Any) -> tuple[Tensor, ...]:
+def _checked(example: Any) -> Inputs:
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, (tuple, list)) or not inputs or not all(isinstance(i, Tensor) for i in inputs):
         found = type(example).__name__
@@ -101,126 +139,116 @@ def _refuse_train_mode(module: nn.Module) -> None:
     )
 
 
-# ---- torch.export
+def _refuse_lazy(module: nn.Module) -> None:
+    found = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if found:
+        names = ", ".join(f"'{name}'" for name in found[:_MAX_NAMES])
+        raise ModelError(
+            f"{type(module).__name__} has lazy layers whose weights have no shape yet: {names}.\n"
+            "Load its checkpoint, or call it once on an input."
+        )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log lines or graph printouts of torch.export: what matters is in its exception."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+def _in_python(source: torch.jit.ScriptModule, inputs: Inputs) -> nn.Module:
+    """A TorchScript module as a Python module, checked against it on inputs.
 
-
-def _export(
-    module: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
-) -> tuple[ExportedProgram, tuple[Tensor, ...], bool]:
-    """The exported program, the inputs it was traced at, and whether its batch is symbolic.
-
-    A network that fixes its batch (``x.view(4, -1)``, ``if len(x) > 4``) breaks the promise of ``Dim("batch")``, which
-    torch.export reports; ``Dim.AUTO`` would narrow the axis silently.
+    Raises UsageError where it does not run, TraceError where the two differ.
     """
-    attempts = [(*_batched(inputs, share), True) for share in (True, False)] if dynamic else []
-    attempts = [a for at, a in enumerate(attempts) if any(a[1]) and a[1] not in [b[1] for b in attempts[:at]]]
-    attempts.append((inputs, None, False))
-    errors = []
-    for strict in (False, True):
-        for used, shapes, batched in attempts:
-            try:
-                with _quiet():
-                    program = torch.export.export(module, used, dynamic_shapes=shapes, strict=strict)
-                return program, used, batched
-            except Exception as error:  # torch.export raises whatever the network, dynamo or sympy raised
-                errors.append(error)
-        if not strict:
-            _refuse_shape(module, inputs)
-    raise _untraceable(module, errors[len(attempts) - 1])
-
-
-def _batched(
-    inputs: tuple[Tensor, ...], share: bool
-) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...]]:
-    """The inputs at a batch of two or more, and per input its dynamic axes: axis 0 of the first input, and, if share,
-    of every input whose axis 0 is as long."""
-    batch = inputs[0].shape[0] if inputs[0].ndim else 0
-    has_batch = [batch > 0 and i.ndim > 0 and i.shape[0] == batch and (share or i is inputs[0]) for i in inputs]
-    used = tuple(torch.cat([i, i]) if batch == 1 and has else i for i, has in zip(inputs, has_batch))
-    axis = Dim("batch", min=1)
-    return used, tuple({0: axis} if has else {} for has in has_batch)
-
-
-def _refuse_shape(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises UsageError if the plain network cannot run on inputs either (on copies of them and of its buffers)."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        with _quiet():
-            torch.func.functional_call(module, buffers, tuple(i.clone() for i in inputs))
-    except Exception as error:  # whatever the user's forward raises
-        shapes = ", ".join("x".join(map(str, i.shape)) or "scalar" for i in inputs)
-        raise UsageError(
-            f"the network rejects input shape {shapes}: {_first_line(error)}{_where(error)}; pass --input-shape"
+        with quiet():
+            wanted = source(*(i.clone() for i in inputs))
+    except Exception as error:  # whatever TorchScript raises
+        raise rejected(source, inputs, error) from error
+    network, why = unscripted(source), "run operator by operator, its TorchScript gives another result"
+    try:
+        with quiet():
+            if same_values(pytree.tree_leaves(network(*(i.clone() for i in inputs))), pytree.tree_leaves(wanted)):
+                return network
+    except Exception as error:  # an operator of TorchScript's own
+        why = error.why if isinstance(error, Untraceable) else first_line(error)
+    raise TraceError(f"cannot trace {source.original_name}: {why}.\nGive the Python module it was made from.")
+
+
+def _refuse_too_deep(module: nn.Module, inputs: Inputs) -> None:
+    """Raises ModelError where the plain network meets Python's recursion limit too: tracing only needs more of it."""
+    try:
+        _plain(module, inputs, keywords_of(module, len(inputs)))
+    except Exception as error:
+        if not is_too_deep(error):
+            raise
+        raise ModelError(
+            f"{type(module).__name__} does not run: its calls are nested deeper than Python's limit of {sys.getrecursionlimit()}.\n"
+            "Call sys.setrecursionlimit with a larger number where it is built, or put its layers in one nn.Sequential."
         ) from error
 
 
-def _untraceable(module: nn.Module, error: BaseException) -> TraceError:
-    text = str(error)
-    hint = "rewrite that line with tensor operators only, or trace the part of the network without it"
-    if "data-dependent" in text.lower():
-        hint = "a branch or size depends on the input's values: use torch.where, or a fixed size"
-    name = type(module).__name__
-    return TraceError(f"torch.export cannot trace {name}{_where(error)}: {_first_line(error)}\n{hint}")
+def _plain(module: nn.Module, inputs: Inputs, keywords: tuple[str, ...]) -> Any:
+    """What the plain network gives; raises UsageError where it cannot run either."""
+    try:
+        with kept(module), quiet():
+            return run(module, inputs, keywords)[0]
+    except Exception as error:  # whatever the user's forward raises
+        if is_too_deep(error):
+            raise
+        raise rejected(module, inputs, error) from error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[0] if lines else type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."
+def _in_thread(work: Callable[[], Any]) -> Any:
+    """What work gives, run in a thread with room for deeper calls than the main thread has."""
+    results: list[Any] = []
+    errors: list[Exception] = []
 
+    def target() -> None:
+        try:
+            results.append(work())
+        except Exception as error:  # raised again in the caller's thread
+            errors.append(error)
 
-def _where(error: BaseException) -> str:
-    """`` at net.py:12 in forward (`if x.sum() > 0:`)``: the last frame that is neither torch's nor ours."""
-    frames = [(f.filename, f.lineno, f.name) for f in traceback.extract_tb(error.__traceback__)]
-    frames += [(file, int(line), name) for file, line, name in _FRAME.findall(str(error))]
-    users = [frame for frame in frames if _is_users(frame[0])]
-    if not users:
-        return ""
-    file, line, name = users[-1]
-    code = linecache.getline(file, line or 0).strip()
-    return f" at {os.path.basename(file)}:{line} in {name}" + (f" (`{code}`)" if code else "")
-
-
-def _is_users(file: str) -> bool:
-    return not file.startswith((_TORCH_DIR, _OWN_DIR, "<", "torch/"))
+    limit, size = sys.getrecursionlimit(), threading.stack_size(_DEEP_STACK)
+    try:
+        sys.setrecursionlimit(max(limit, _DEEP_LIMIT))
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    finally:
+        sys.setrecursionlimit(limit)
+        threading.stack_size(size)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 # ---- the exported program as a Graph
 
 
-def _functional_graph(module: nn.Module, program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor]]:
-    _describe(program.graph_module)
+def _functional_graph(
+    module: nn.Module, program: ExportedProgram, keywords: tuple[str, ...]
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    describe(program.graph_module)
     signature = program.graph_signature
     users = [spec.arg.name for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    names = dict(zip(users, _input_names(module, users)))
+    names = dict(zip(users, input_names(module, users, keywords)))
     results = {at for at, spec in enumerate(signature.output_specs) if spec.kind == OutputKind.USER_OUTPUT}
-    constants, tensors = _constants(program)
+    constants, tensors = weights_of(program)
     graph = functionalize(program.graph_module, names, constants, results)
     used = {node.target for node in graph.find_nodes(op="get_attr")}
     return graph, {name: tensor for name, tensor in tensors.items() if name in used}
 
 
 def _decomposed_graph(
-    module: nn.Module, program: ExportedProgram, first: NotFunctional
+    module: nn.Module, program: ExportedProgram, keywords: tuple[str, ...], first: NotFunctional
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The last resort, where functional.py has no form: PyTorch's own functionalization, slow on deep networks."""
     refusal = f"cannot trace {type(module).__name__}: {first}"
+    refusal = refusal if len(refusal) <= FIRST_LINE else refusal.replace("; ", "\n", 1)
+
+    def decomposed() -> tuple[fx.Graph, dict[str, Tensor]]:
+        with quiet():
+            return _functional_graph(module, program.run_decompositions({}), keywords)
+
     try:
-        with _quiet():
-            graph, tensors = _functional_graph(module, program.run_decompositions({}))
+        # In a thread of its own: a failure under torch.func leaves the levels it entered behind, which are a thread's.
+        graph, tensors = _in_thread(decomposed)
     except Exception as error:  # NotFunctional again, or whatever PyTorch's functionalization raises
         raise TraceError(refusal) from error
     if any(_has_fixed_sizes(node) for node in graph.nodes):
@@ -232,64 +260,3 @@ def _has_fixed_sizes(node: fx.Node) -> bool:
     """Whether node is what functionalization writes for a view without inverse: with the traced batch as a number."""
     name = packet_name(node.target) if node.op == "call_function" else ""
     return name.startswith("as_strided") or name.endswith("_backward")
-
-
-def _input_names(module: nn.Module, placeholders: list[str]) -> list[str]:
-    """forward()'s own argument names; torch.export's for ``*args``."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    own = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-    return own[: len(placeholders)] + placeholders[len(own) :]
-
-
-def _constants(program: ExportedProgram) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Placeholder name -> the user's tensor name (the first of tied ones), and name -> tensor."""
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-    names: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind not in kinds:
-            continue
-        store = program.state_dict if spec.target in program.state_dict else program.constants
-        tensor = store[spec.target]
-        name = first.setdefault(id(tensor), spec.target)
-        names[spec.arg.name] = name
-        tensors[name] = tensor.detach()
-    for name, tensor in program.graph_module.named_buffers():
-        names.setdefault(name, name)
-        tensors.setdefault(name, tensor.detach())
-    return names, tensors
-
-
-def _describe(graph_module: fx.GraphModule) -> None:
-    """Gives every node its ``module``, ``module_type`` and ``source``, in nested graphs too."""
-    cache: dict[str, str] = {}
-    for part in graph_module.modules():
-        if not isinstance(part, fx.GraphModule):
-            continue
-        for node in part.graph.nodes:
-            node.meta["module"], node.meta["module_type"] = _module_of(node)
-            trace_text = node.meta.get("stack_trace") or ""
-            if trace_text not in cache:
-                cache[trace_text] = _source_of(trace_text)
-            node.meta["source"] = cache[trace_text]
-
-
-def _module_of(node: fx.Node) -> tuple[str, str]:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack or "_empty_nn_module_stack" in str(stack[-1][0]):
-        return "", ""
-    path, kind = stack[-1]
-    path = re.sub(r"@\d+", "", path).removeprefix("L['self']").lstrip(".")
-    # features[:3] is a Sequential of its own, whose children keep their keys
-    path = re.sub(r"\.?slice\([^)]*\)", "", path).lstrip(".")
-    kind = kind if isinstance(kind, str) else kind.__name__
-    return path, kind.rpartition(".")[2]
-
-
-def _source_of(stack_trace: str) -> str:
-    users = [frame for frame in _FRAME.findall(stack_trace) if _is_users(frame[0])]
-    if not users:
-        return ""
-    file, line, name = users[-1]
-    return f"{os.path.basename(file)}:{line} in {name}"

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import CustomObjArgument
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from foldexport.trace import views
 from foldexport.trace.aliases import META, Alias, Aliases, Parts, is_tensor
@@ -30,6 +32,12 @@ _COMPARISONS = frozenset(
     {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "greater_", "greater_equal_", "less_", "less_equal_", "not_equal_"}
     | {"logical_and_", "logical_or_", "logical_xor_", "logical_not_"}
 )
+# Memory that is not filled: what is read of it is whatever it is, so it may as well be zero, and the same in every run.
+_FILLED = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
 # Higher-order operators that are their body, and which argument the body is.
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0}
 
@@ -111,11 +119,19 @@ class _Walk:
                 self.env[node] = self.env[argument] if isinstance(argument, fx.Node) else argument
             elif node.op == "placeholder" and node.name in self.constants:
                 self.env[node] = self.build.root(self._constant(node, self.constants[node.name]))
+            elif node.op == "placeholder" and isinstance(node.meta.get("val"), CustomObjArgument):
+                self._refuse_object(node)
             elif node.op == "get_attr":
                 self._attribute(source, node)
             elif node.op == "call_function":
                 self._call(node)
         return []
+
+    def _refuse_object(self, node: fx.Node) -> None:
+        self.build.here = user = next(iter(node.users), node)
+        kind = node.meta["val"].class_fqn
+        what = "draws from a torch.Generator" if kind.endswith("Generator") else f"takes a {kind}"
+        raise NotFunctional(f"'{packet_name(user.target)}' {what}, which no graph holds; keep its result in a buffer instead")
 
     def _attribute(self, source: fx.GraphModule, node: fx.Node) -> None:
         attribute = operator.attrgetter(node.target)(source)
@@ -163,9 +179,12 @@ class _Walk:
 
     def _value(self, node: fx.Node) -> None:
         """What a functional operator makes: a view of one of its arguments, or a value of its own."""
+        values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+        if not all(map(_is_dense, pytree.tree_leaves(values))):
+            raise NotFunctional(f"'{node.target}' works on sparse tensors or under torch.func; write it with plain tensors")
         parent = self._parent(node)
         if parent is None:
-            value = self.build.copy(node)
+            value = self._filled(node) if node.target in _FILLED else self.build.copy(node)
             self.env[node] = self.build.root(value) if is_tensor(node) else value
         elif not is_tensor(node):
             self.env[node] = self.build.parts(node, parent)
@@ -175,6 +194,12 @@ class _Walk:
             if key not in parent.children:
                 parent.children[key] = self.build.view(node, parent, self.build.copy(node))
             self.env[node] = parent.children[key]
+
+    def _filled(self, node: fx.Node) -> fx.Node:
+        value = self.build.copy(node, _FILLED[node.target])
+        known = {argument.name for argument in value.target._schema.arguments}
+        value.kwargs = {key: given for key, given in value.kwargs.items() if key in known}
+        return value
 
     def _parent(self, node: fx.Node) -> Alias | None:
         """The argument whose memory node shares: read off the storages of the traced values."""
@@ -249,6 +274,13 @@ class _Walk:
         if str(size) not in self.sizes:
             raise NotFunctional(f"a broadcast write to an axis of the computed size {size}; expand the value first")
         return self.build.emit(aten.sym_size.int, self.sizes[str(size)], size)
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a traced value has memory of its own; no value but a tensor does."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _promoted(name: str, value: fx.Node) -> torch.dtype:
