@@ -32,6 +32,20 @@ class Zoo:
     def small(): return Net(1)
 built = Net(1)
 NUMBER = 3
+
+def with_transform(depth=1): return Net(depth), (lambda x: x)
+def in_a_dict(): return {"model": nn.DataParallel(Net(1)), "epoch": 3}
+def two(): return {"generator": Net(1), "discriminator": Net(2)}
+def parallel(): return nn.DataParallel(Net(1))
+class Needs(nn.Module):
+    def __init__(self, block, layers, num_classes=10):
+        super().__init__()
+        self.body = nn.Sequential(*[block(3) for _ in range(layers)])
+class HidesModules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.modules = [nn.ReLU()]
+def by_position(width, /): return Net(width)
 """
 
 
@@ -151,6 +165,7 @@ def test_modules_that_do_not_import(folder, source, words):
 def test_missing_attribute_names_the_nearest(folder):
     refused("user_net:resnet19", "has no resnet19", "did you mean resnet18 or resnet34?")
     refused("user_net.py:qqqq", "has no qqqq", "it has Net, resnet18")
+    refused("torch:nn", "is not callable (of type module)", "it has")
 
 
 def test_not_callable_and_wrong_return(folder):
@@ -163,3 +178,40 @@ def test_callable_that_raises_keeps_its_message_and_line(folder):
     refused("user_net:Net", "ValueError: depth 0 is too small", "user_net.py:9", "depth=0", depth=0)
     refused("user_net:leaves", "SystemExit: 3")
     refused("user_net:Net", "unexpected keyword argument 'dept'", "it takes (depth=2, num_classes=10)", dept=3)
+    refused("user_net:Net", "did you mean depth?", dept=3)
+    refused("user_net:resnet18", "unexpected keyword argument 'dept'", "it takes (depth=2, num_classes=10)", dept=3)
+
+
+def test_the_network_in_what_a_callable_returns(folder):
+    assert len(load_arch("user_net:with_transform", {"depth": 3}).body) == 3
+    for spec in ("user_net:in_a_dict", "user_net:parallel"):
+        assert type(load_arch(spec)).__name__ == "Net"
+    refused("user_net:two", "returned a dict with 2 networks (generator: Net, discriminator: Net)", "returns it alone")
+
+
+def test_arguments_that_are_needed_are_named(folder):
+    refused("user_net:Needs", "needs block and layers: pass --arch-arg block=… --arch-arg layers=…", "num_classes=10")
+    refused("user_net:Needs", "needs block:", "a function of your own", layers=2)
+    refused("user_net:Needs", "block='Conv2d' is passed as text", "user_net.py:", block="Conv2d", layers=2)
+    refused("user_net:by_position", "needs width")
+
+
+def test_a_hidden_method_is_told(folder):
+    with pytest.raises(UsageError, match=r"HidesModules sets self.modules to a list, which hides nn.Module.modules\(\)"):
+        load_arch("user_net:HidesModules")
+
+
+def test_a_file_of_a_package_imports_what_is_beside_it(folder):
+    package = folder / "nets" / "deep"
+    package.mkdir(parents=True)
+    for place in (folder / "nets", package):
+        (place / "__init__.py").write_text("")
+    (folder / "nets" / "blocks.py").write_text("from torch import nn\nclass Block(nn.ReLU): pass\n")
+    (package / "net.py").write_text("from ..blocks import Block\ndef make(): return Block()\n")
+    assert type(load_arch("nets/deep/net.py:make")).__name__ == "Block"
+    assert type(load_arch(f"{package}/net.py:make")).__name__ == "Block"
+
+
+def test_relative_imports_without_a_package_are_told(folder):
+    (folder / "alone.py").write_text("from .blocks import Block\n")
+    refused("alone.py:Block", "imports from its package", "alone.py:1", "--arch package.module:callable")

@@ -145,10 +145,10 @@ class Known(Plain):
     def _unknown(self, func: Any, types: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """func as it is traced; what it writes to has no known value any more, through whichever view."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and self._is_known(leaf)]
-        versions = [tensor._version for tensor in given]
+        versions = [_version(tensor) for tensor in given]
         result = super().__torch_function__(func, types, args, kwargs)
         for tensor, version in zip(given, versions):
-            if tensor._version != version:
+            if _version(tensor) != version or version is None and getattr(func, "__name__", "_").endswith("_"):
                 self._forget(tensor.untyped_storage()._cdata)
         return result
 
@@ -183,6 +183,11 @@ def known(module: nn.Module, names: Names, notes: dict[str, None]) -> Callable[[
     """A maker of modes for one trace of module."""
     tensors = dict(named_tensors(module))
     return lambda: Known(module, tensors, names, notes)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None under ``torch.inference_mode``, where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -40,13 +40,14 @@ class Plain(TorchFunctionMode):
     """Calls of PyTorch's functions, some replaced by what tracing sees."""
 
     def __enter__(self) -> Any:
+        self._formats = [kind.__format__ for kind in _NUMBERS]
         for kind in _NUMBERS:
             kind.__format__ = lambda number, how: str(number)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for kind in _NUMBERS:
-            del kind.__format__
+        for kind, before in zip(_NUMBERS, self._formats):
+            kind.__format__ = before
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

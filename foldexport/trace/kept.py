@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from foldexport.trace.user_code import functions_of, is_users
 
-_MAX_DEPTH = 6
+_MAX_DEPTH = 4
+_MAX_ITEMS = 10_000  # of containers that are looked into
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 Container = dict | list | set | deque
 
@@ -67,6 +68,8 @@ class Saved:
             return
         self._seen.add(id(holder))
         self._copies.append((name, holder, holder.copy()))
+        if len(holder) > _MAX_ITEMS:
+            return
         own = holder is not value or depth == 0
         items = list(holder.items()) if isinstance(holder, dict) else [(None, item) for item in holder]
         for key, item in items:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from foldexport import interpret
 from foldexport.errors import ModelError, TraceError, UsageError
 from foldexport.trace import constants, exporting, forward, trace
+from foldexport.trace.kept import Saved
 from tests.eager import assert_functional
 from tests.statistics import randomise
 from tests.trace import odd_networks as odd
@@ -88,6 +89,7 @@ READ = [
     (odd.Settings, ["not self.on or self.conv.weight.abs().max() > 9", "range(self.times)", "self.widths.tolist()"]),
     (odd.Selected, ["[:, self.mask]", "np.argwhere(self.indexes", "nonzero()"]),
     (odd.CountsInABuffer, ["if self.calls > 0"]),
+    (odd.Inferring, ["if self.on else x"]),
 ]
 
 
@@ -293,6 +295,15 @@ def test_a_value_that_is_kept_after_a_write_of_the_input_is_caught(monkeypatch):
     monkeypatch.setattr(constants.Known, "_forget", lambda self, storage: None)
     with pytest.raises(AssertionError):
         assert_same(refused.BufferOfTheInput().eval(), IMAGE + 9)
+
+
+def test_a_network_that_is_not_put_back_is_caught(monkeypatch):
+    monkeypatch.setattr(Saved, "restore", lambda self: None)
+    network = odd.Cached().eval()
+    with pytest.raises(Exception, match="data-dependent"):  # what the call that follows meets: tensors without values
+        trace(network, IMAGE)
+    assert odd.CACHE
+    odd.CACHE.clear()
 
 
 def test_a_write_through_data_that_is_not_seen_is_caught(monkeypatch):
