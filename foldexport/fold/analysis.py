@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
+from foldexport.fold.blends import Blend, find_blend
 from foldexport.fold.borders import Border, find_borders
 from foldexport.fold.constants import Constants
 from foldexport.fold.pending import Statistics, is_float, name_of, pending_rule, shape_of, statistics
 from foldexport.fold.wishes import MAX_SIGMA, SHAPE_READERS, Wish, collect
 from foldexport.trace import Graph, bound
+
+LIKE = frozenset({"reshape_as", "view_as"})  # of their second operand they read the shape alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class Analysis:
     rules: dict[fx.Node, tuple[fx.Node, Affine]] = field(default_factory=dict)
     live: set[fx.Node] = field(default_factory=set)
     borders: dict[fx.Node, Border] = field(default_factory=dict)
+    blends: dict[fx.Node, Blend] = field(default_factory=dict)
     reads: dict[fx.Node, int] = field(default_factory=dict)
     common: dict[fx.Node, Affine | None] = field(default_factory=dict)
     exact_reads: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -50,6 +54,8 @@ class Analysis:
             return [self.rules[node][0]]
         if node in self.borders:
             return [self.borders[node].source]
+        if node in self.blends:
+            return [self.blends[node].one, self.blends[node].other]
         found: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), found.append)
         return found
@@ -109,7 +115,8 @@ def _count_reads(analysis: Analysis, node: fx.Node) -> None:
     """Count what an emitting operator reads."""
     if name_of(node) in SHAPE_READERS:
         return
-    for operand in analysis.operands(node):
+    operands = analysis.operands(node)
+    for operand in operands[:1] if name_of(node) in LIKE else operands:
         if operand not in analysis.views:
             continue
         view = analysis.views[operand]
@@ -135,7 +142,21 @@ def _view_of(analysis: Analysis, node: fx.Node) -> View:
         analysis.rules[node] = found
         bn = _root_statistics(base, statistics(node, analysis.constants)) if "norm" in name_of(node) else base.bn
         return View(base.root, base.affine.then(outer), bn)
-    return _without_zero_branch(analysis, node) or _double(analysis, node) or View(node, Affine.identity(rank))
+    without = _without_zero_branch(analysis, node) or _double(analysis, node)
+    if without is None and (blend := find_blend(analysis, node)) is not None:
+        return _blended(analysis, node, blend)
+    return without or View(node, Affine.identity(rank))
+
+
+def _blended(analysis: Analysis, node: fx.Node, blend: Blend) -> View:
+    """The sum in its flat form; where the value that it reads twice cancels, an affine of the other one."""
+    if not bool(blend.other_outer.scale.any()):
+        outer = Affine.of(blend.one_outer.scale, blend.other_outer.shift, blend.one_outer.rank)
+        analysis.rules[node] = (blend.one, outer)
+        base = analysis.views[blend.one]
+        return View(base.root, base.affine.then(outer), base.bn)
+    analysis.blends[node] = blend
+    return View(node, Affine.identity(len(shape_of(node))))
 
 
 def _without_zero_branch(analysis: Analysis, node: fx.Node) -> View | None:

@@ -145,18 +145,18 @@ class Fold:
         """``node = affine(stored)``; a stored tensor with several readers takes its wish now, before the first reads it."""
         pending = Pending.of(stored, affine, carried)
         if stored.node is node and not stored.open:
-            pending = self._grant(node, pending)
+            pending = self.grant(node, pending)
         self.values[node] = pending
 
     def pass_on(self, node: fx.Node, pending: Pending) -> None:
         """``node`` is a value that exists already: its readers read that tensor too."""
         stored, fresh = pending.stored, pending.stored.open
         stored.reads += self.analysis.reads.get(node, 1) - 1
-        self.values[node] = self._grant(node, pending) if fresh and not stored.open else pending
+        self.values[node] = self.grant(node, pending) if fresh and not stored.open else pending
 
     # ── wishes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _grant(self, node: fx.Node, pending: Pending) -> Pending:
+    def grant(self, node: fx.Node, pending: Pending) -> Pending:
         """Take the wish that saves most, once; what cannot be had is left as it is."""
         through = self.analysis.common.get(node)
         if through is not None and not through.is_identity and can(pending.stored, pending.affine.then(through)):
@@ -166,6 +166,10 @@ class Fold:
         wish = self.analysis.wish(node)
         a, t = pending.affine.scale, pending.affine.shift
         shift = None if wish.shift is None else torch.where(wish.mask, wish.shift, t)
+        if shift is None and not self._scales(wish, a):  # nobody said anything: the value itself suits every reader
+            changed = self.retargeted(pending, Affine.identity(pending.affine.rank))
+            if changed is not None:
+                return changed
         for scale in [*self._scales(wish, a), a]:
             for target_shift in [t] if shift is None else [shift, t]:
                 changed = self.retargeted(pending, Affine(*torch.broadcast_tensors(scale, target_shift)))

@@ -231,6 +231,8 @@ def _call(stored: Stored) -> Step:
     kind = KIND_OF.get(stored.op, stored.op or getattr(target, "__name__", "call"))
     if layer is not None:
         return Step(kind, layer)
+    if target is torch.ops.aten.view.default:  # what made its operand contiguous may be gone, or leave other strides
+        target = torch.ops.aten.reshape.default
     return Step(kind, function=target, args=args, kwargs=kwargs)
 
 
@@ -255,6 +257,8 @@ KIND_OF = {
     "clamp_max": "clamp",
     "threshold": "relu",
     "reshape": "view",
+    "reshape_as": "view",
+    "view_as": "view",
     "_unsafe_view": "view",
     "convolution": "conv",
     "native_batch_norm": "batch_norm",
@@ -280,6 +284,7 @@ _MAKERS = {
     "max_pool": _call,
     "pool": _call,
     "view": _call,
+    "part": _call,
     "opaque": _call,
 }
 

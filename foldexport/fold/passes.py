@@ -25,6 +25,7 @@ from foldexport.fold.pending import REPORTED, is_float, name_of
 from foldexport.fold.records import Record
 from foldexport.fold.stored import MAX_CARRIED, ROUNDING, Pending, Stored, push_down, rebase
 from foldexport.fold.transfer import TRANSFER, opaque
+from foldexport.fold.transfer.views import take_part
 from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.trace import Graph
 
@@ -74,7 +75,7 @@ def _step(fold: Fold, node: fx.Node) -> None:
         fold.values[node] = _restored_once(fold, node, value)
         return
     if node.target is operator.getitem:
-        fold.values[node] = fold.values[node.args[0]][node.args[1]]
+        take_part(fold, node)
         return
     transfer = TRANSFER.get(name_of(node)) if is_float(node) or isinstance(node.meta.get("val"), tuple | list) else None
     if transfer is None or not transfer(fold, node):

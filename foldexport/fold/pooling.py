@@ -24,6 +24,11 @@ def window(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, 
     return kernel, per_axis(stride, rank) if stride else kernel, per_axis(args.get("padding", 0), rank)
 
 
+def has_batch(node: fx.Node) -> bool:
+    """Whether a pooling node reads ``[N, C, …]``; without a batch its window runs over what a convolution calls channels."""
+    return len(shape_of(bound(node)["self"])) == int(name_of(node)[-2]) + 2
+
+
 def keeps_constants(node: fx.Node) -> bool:
     """Whether averaging a constant gives that constant everywhere, ``pool(1) = 1``.
 
@@ -43,7 +48,7 @@ def keeps_constants(node: fx.Node) -> bool:
 
 def is_convolution(node: fx.Node) -> bool:
     """Whether an average pool divides every window by the same number, so that it is a convolution with padding."""
-    if not name_of(node).startswith("avg_pool"):
+    if not name_of(node).startswith("avg_pool") or not has_batch(node):
         return False
     args = bound(node)
     kernel, stride, padding = window(node)

@@ -22,6 +22,7 @@ from foldexport.fold.passes import FoldedGraph
 from foldexport.fold.records import Record
 from foldexport.fold.sequential import as_sequential
 from foldexport.fold.stored import Stored
+from foldexport.interpret import cast
 
 
 @dataclass(eq=False)
@@ -50,7 +51,7 @@ class Rebuilt:
         if dtype != torch.float64:
             _retype(self.program.module, dtype)
             if self.module is not self.program.module:
-                self.module.to(dtype)
+                _round(self.module, dtype)
         return self.module
 
 
@@ -63,7 +64,7 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for each in old:
         if isinstance(module, fx.GraphModule):
             _retype(module, dtype, each)
-    return module.to(dtype)
+    return _round(module, dtype)
 
 
 def rebuild(folded: FoldedGraph) -> Rebuilt:
@@ -77,8 +78,14 @@ def rebuild(folded: FoldedGraph) -> Rebuilt:
     result = chain if chain is not None else module
     result.eval()
     module.eval()
-    counted = [kind for step in steps.values() for kind in _kinds(step)]
+    counted = [kind for stored, step in steps.items() if not _is_size(stored) for kind in _kinds(step)]
     return Rebuilt(program, result, dict(Counter(counted)))
+
+
+def _is_size(stored: Stored) -> bool:
+    """Whether it is arithmetic on sizes, which the training graph's count leaves out as well."""
+    value = stored.node.meta.get("val") if stored.node is not None else None
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
 
 
 def _kinds(step: Step) -> list[str]:
@@ -117,6 +124,7 @@ def _graph_module(folded: FoldedGraph, steps, names) -> tuple[fx.GraphModule, di
             nodes[stored] = graph.placeholder(next(input_names))
         else:
             nodes[stored] = _emit(graph, root, stored, steps[stored], names.get(stored, stored.name), nodes)
+            nodes[stored].meta["module"] = stored.module  # the user's own, for messages about operators that are no layer
     flat = [nodes[o] if isinstance(o, Stored) else o for o in folded.outputs]
     graph.output(_structured(flat, folded.graph.out_spec))
     graph.lint()
@@ -214,7 +222,7 @@ def _labels(folded: FoldedGraph, nodes: dict[Stored, fx.Node]) -> dict[str, str]
 
 def _retype(module: fx.GraphModule, dtype: torch.dtype, old: torch.dtype = torch.float64) -> None:
     """Weights to ``dtype``, and the casts to ``old`` inside the graph."""
-    module.to(dtype)
+    _round(module, dtype)
     changed = False
     for node in module.graph.nodes:
         if node.op == "call_function" and _mentions(node, old):
@@ -223,6 +231,11 @@ def _retype(module: fx.GraphModule, dtype: torch.dtype, old: torch.dtype = torch
             changed = True
     if changed:
         module.recompile()
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with its real tensors in ``dtype`` and its complex ones in the complex type of that; ``.to`` would cut them."""
+    return module._apply(lambda tensor: cast(tensor, dtype))
 
 
 def _mentions(node: fx.Node, wanted: torch.dtype) -> bool:

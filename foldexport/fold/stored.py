@@ -30,8 +30,8 @@ MAX_DEPTH = 48  # how far a retarget may travel upstream; keeps a chain of n ope
 class Stored:
     """A tensor that the folded graph really computes.
 
-    kind: "input", "constant", "conv", "clamp", "add", "affine", "max_pool", "pool", "view", "cat", "pad", "norm",
-        "leaky" or "opaque"; the handles below are by kind.
+    kind: "input", "constant", "conv", "clamp", "add", "affine", "max_pool", "pool", "view", "part", "cat", "pad",
+        "norm", "leaky" or "opaque"; the handles below are by kind.
     shape: sizes at the traced example; `dynamic` holds the axes that are symbolic.
     reads: how many (consumer, argument) pairs will read it; one read makes it open.
     maps: the retargets so far, oldest first.
@@ -213,6 +213,19 @@ def _view(stored: Stored, change: Affine, depth: int) -> bool:
     return back is not None and _operand(stored.inputs[0], back, depth)
 
 
+def _part(stored: Stored, change: Affine, depth: int) -> bool:
+    """A part of a split: the maker of the whole, behind views, has one row for each channel and takes any part's change."""
+    whole = stored.inputs[0].inputs[0]
+    maker = whole
+    while maker.kind == "view" and maker.open:
+        maker = maker.inputs[0]
+    return maker.kind in _BY_ROWS and _operand(whole, stored.attrs["back"](change), depth)
+
+
+#: Makers for which any two changes that they can take, they can take together.
+_BY_ROWS = frozenset({"conv", "norm", "affine"})
+
+
 def _cat(stored: Stored, change: Affine, depth: int) -> bool:
     return all(
         _operand(operand, part, depth) for operand, part in zip(stored.inputs, cat_parts(stored, change), strict=True)
@@ -229,6 +242,7 @@ _HANDLES = {
     "max_pool": _max_pool,
     "pool": _pool,
     "view": _view,
+    "part": _part,
     "cat": _cat,
 }
 
@@ -297,6 +311,10 @@ def _apply_view(stored: Stored, change: Affine) -> None:
     stored.inputs[0].retarget(stored.attrs["unmap"](change))
 
 
+def _apply_part(stored: Stored, change: Affine) -> None:
+    stored.inputs[0].inputs[0].retarget(stored.attrs["back"](change))
+
+
 def _apply_cat(stored: Stored, change: Affine) -> None:
     for operand, part in zip(stored.inputs, cat_parts(stored, change), strict=True):
         operand.retarget(part)
@@ -312,5 +330,6 @@ _APPLY = {
     "max_pool": _apply_through,
     "pool": _apply_through,
     "view": _apply_view,
+    "part": _apply_part,
     "cat": _apply_cat,
 }

@@ -97,6 +97,9 @@ def collect(analysis: Analysis, node: fx.Node) -> None:
             _want_shift(analysis, variable, OPERATOR_SAVED)
     elif name == "cat":
         _collect_cat(analysis, node)
+    elif _pads_infinity(node, name):
+        _want_sign(analysis, variables[0], OPERATOR_SAVED)
+        _inherit(analysis, node, variables[0])  # later, for it wins a tie: a pool that reads negated values wants the other sign
     elif name in PASSIVE or node.target is operator.getitem:
         return
     else:
@@ -105,9 +108,18 @@ def collect(analysis: Analysis, node: fx.Node) -> None:
             analysis.exact_reads[variable] = node
 
 
+def _pads_infinity(node: fx.Node, name: str) -> bool:
+    """Whether a constant pad writes an infinity, as the pads in front of max pools do."""
+    if name not in ("pad", "constant_pad_nd"):
+        return False
+    value = bound(node).get("value")
+    return isinstance(value, float) and math.isinf(value)
+
+
 #: Operators that map an affine without a wish of their own.
 PASSIVE = frozenset({
-    "view", "reshape", "flatten", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze", "slice", "select",
+    "view", "view_as", "reshape", "reshape_as", "flatten",
+    "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze", "slice", "select",
     "split", "split_with_sizes", "chunk", "unbind", "narrow", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
     "expand", "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
     "replication_pad2d", "replication_pad3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
@@ -218,9 +230,11 @@ def _keep_sign(analysis: Analysis, root: fx.Node, sign: Tensor, weight: float) -
 def _collect_sum(analysis: Analysis, node: fx.Node, variables: list[fx.Node]) -> None:
     """An addition hands its exact scale to both operands and adds to the range of scales that each will see."""
     wish = analysis.wish(node)
-    for variable, other in zip(variables, reversed(variables), strict=True):
+    blend = analysis.blends.get(node)
+    outers = (1.0, 1.0) if blend is None else (blend.one_outer.scale, blend.other_outer.scale)
+    for variable, other, outer in zip(variables, reversed(variables), outers, strict=True):
         view = analysis.views[variable]
-        a = view.affine.scale
+        a = outer * view.affine.scale
         if bool((a == 0).any()) or shape_of(view.root) != shape_of(node):
             continue
         if wish.scale is not None and _can_follow(analysis, analysis.views[other].root):

@@ -22,6 +22,7 @@ WORDS = {
     "merge by sum": ("branch merged by sum", "branches merged by sum"),
     "merge by composition": ("convolution merged into the next", "convolutions merged into the next"),
     "merge by concatenation": ("branch merged by concatenation", "branches merged by concatenation"),
+    "flat sum": ("nested sum written flat", "nested sums written flat"),
     "exchange with average pooling": ("convolution moved behind its pool", "convolutions moved behind their pools"),
     "exchange with upsampling": ("convolution moved before upsampling", "convolutions moved before upsampling"),
 }

@@ -93,6 +93,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "negate": torch.neg,
     "double": lambda x: x + x,
     "pad_channels": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2)),
+    "halves_apart": lambda x: torch.cat([part * k - 1 for part, k in zip(x.chunk(2, 1), (2.0, -3.0))], 1),
     "half": lambda x: x[:, : x.shape[1] // 2],
     "channels_last_and_back": lambda x: x.permute(0, 2, 3, 1).flip(1).permute(0, 3, 1, 2),
 }
@@ -101,6 +102,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
     "add_scaled": lambda x, y: x - 0.6 * y,
+    "blend": lambda x, y: x + 0.3 * (y - x),
     "gate": lambda x, y: x * y.sigmoid(),
     "mul": torch.mul,
     "maximum": torch.maximum,

@@ -70,6 +70,8 @@ TRANSFER = {
     "replication_pad3d": pool.resample,
     # views: map it
     "view": views.reshape,
+    "reshape_as": views.reshape,
+    "view_as": views.reshape,
     "reshape": views.reshape,
     "_unsafe_view": views.reshape,
     "flatten": views.reshape,

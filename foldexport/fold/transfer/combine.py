@@ -16,10 +16,15 @@ from foldexport.trace import bound
 
 CLOSE = 1e-14  # relative: scales that are equal but for the order of their products
 EXTREME = 2.0**40  # a pending scale beyond this, or its inverse, is not multiplied with another
+TRUNK_LIMIT = 2.0**96  # and beyond this it is no longer carried by sums: float32 ends at 2^128
 
 
 def add(fold: Fold, node: fx.Node) -> bool:
     """``v ± α·w``: equal scales, then ``(a, t_v ± α·t_w)``; branches of one tensor merge first."""
+    if (blend := fold.analysis.blends.get(node)) is not None:
+        fold.ledger.note(node, fold.label(node), "flat sum")
+        return _put_sum(fold, node, _through(fold.pending(blend.one), blend.one_outer),
+                        _through(fold.pending(blend.other), blend.other_outer))  # fmt: skip
     args = bound(node)
     left, right = args["self"], args["other"]
     if not all(isinstance(x, fx.Node) and _float(x) for x in (left, right)):
@@ -31,8 +36,16 @@ def add(fold: Fold, node: fx.Node) -> bool:
         return False
     alpha = float(args.get("alpha", 1)) * (-1.0 if name_of(node) == "sub" else 1.0)
     first, second = fold.pending(left), fold.pending(right)
-    factor = Affine.of(alpha, 0.0, rank)
-    second = Pending(second.stored, second.affine.then(factor), second.epoch, second.carried)
+    return _put_sum(fold, node, first, _through(second, Affine.of(alpha, 0.0, rank)))
+
+
+def _through(pending: Pending, outer: Affine) -> Pending:
+    return Pending(pending.stored, pending.affine.then(outer), pending.epoch, pending.carried)
+
+
+def _put_sum(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> bool:
+    why = f"the sum `{fold.label(node)}` would carry a scale that float32 cannot hold"
+    first, second = (fold.satisfy(p, EXACT, node, why) if _extreme(p.affine.scale, TRUNK_LIMIT) else p for p in (first, second))
     total = _sum(fold, node, first, second)
     if total.stored.node is node:
         fold.put(node, total.stored, total.affine, total.carried)
@@ -138,7 +151,9 @@ def _restored(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tup
     """One multiplication on the operand that can take the other's scale; both to 1 when neither scale fits the other."""
     why = f"the operands of `{fold.label(node)}` carry different factors"
     ways = [(second, first, False), (first, second, True)]
-    ways.sort(key=lambda way: not way[1].affine.has_unit_scale)  # towards the scale 1, which no reader has to undo
+    # Towards the scale 1, which no reader has to undo; else towards the scale nearer to it, for the sum will carry it: a layer
+    # scale of 1e-5 taken by the trunk, block after block, would end in an overflow.
+    ways.sort(key=lambda way: (not way[1].affine.has_unit_scale, _distance(way[1].affine.scale)))
     for movable, fixed, swap in ways:
         target = _target(movable, fixed.affine.scale)
         if target is not None and not bool((target.scale == 0).any()):
@@ -171,10 +186,16 @@ def gate(fold: Fold, node: fx.Node) -> bool:
     return True
 
 
-def _extreme(scale: Tensor) -> bool:
+def _extreme(scale: Tensor, limit: float = EXTREME) -> bool:
     """Whether a scale other than 0 has left the range in which it can wait: products of products square it each time."""
     size = scale[scale != 0].abs()
-    return bool(((size > EXTREME) | (size < 1 / EXTREME)).any())
+    return bool(((size > limit) | (size < 1 / limit)).any())
+
+
+def _distance(scale: Tensor) -> float:
+    """How far a scale is from 1, in octaves; 0 for signs."""
+    size = scale[scale != 0].abs()
+    return float(size.log2().abs().max()) if size.numel() else 0.0
 
 
 def maximum(fold: Fold, node: fx.Node) -> bool:

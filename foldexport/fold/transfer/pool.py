@@ -81,6 +81,8 @@ def average(fold: Fold, node: fx.Node) -> bool:
 
 def _with_convolution(fold: Fold, node: fx.Node, source: fx.Node, pending: Pending) -> bool:
     """Exchange with a 1×1 convolution, or compose with a larger one, whichever needs fewer multiply-adds."""
+    if not pooling.has_batch(node):
+        return False
     exchanged = pointwise_source(pending)
     if exchanged is not None and (pooling.keeps_constants(node) or exchanged[1].bias is None or not bool(exchanged[1].bias.any())):
         below, conv = exchanged
@@ -212,13 +214,13 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
     if padded == [1] and level.numel() == 1 and min(sides[1 - rank]) >= 0:
         return _pad_channels(fold, node, pending, sides, float(level))
     stored_value = _stored_level(pending.affine, level)
-    if any(axis in padded and axis != 1 for axis in pending.affine.axes()) or (1 in padded and not _uniform(pending.affine)):
+    if set(padded) & set(pending.affine.axes()):
         pending = fold.satisfy(pending, EXACT, node, f"it varies along the axes that `{fold.label(node)}` pads")
         stored_value = _stored_level(pending.affine, level)
     if stored_value is None:
         one = level.numel() == 1
         why = f"`{fold.label(node)}` pads with {'one value for all channels' if one else 'values that are not its shift'}"
-        need = ZERO_SHIFT if not bool(level.any()) else EXACT if one else ShiftOf(level)
+        need = _pad_need(level, one)
         pending = fold.satisfy(pending, need, node, why)
         stored_value = _stored_level(pending.affine, level)
     if stored_value is None:
@@ -228,6 +230,13 @@ def _pad_constant(fold: Fold, node: fx.Node, source: fx.Node, sides, padded: lis
     stored = fold.emit(node, "pad", [pending.stored], pads=flat, value=stored_value, zero_pad=zero_pad)
     fold.put(node, stored, pending.affine.compressed(), pending.carried)
     return True
+
+
+def _pad_need(level: torch.Tensor, one: bool):
+    """What padding with these values requires: an infinity keeps its sign under ``a > 0``, zero under ``t = 0``."""
+    if bool(level.isinf().any()):
+        return NonNegative(strict=True)
+    return ZERO_SHIFT if not bool(level.any()) else EXACT if one else ShiftOf(level)
 
 
 def _pad_channels(fold: Fold, node: fx.Node, pending: Pending, sides, value: float) -> bool:
@@ -253,15 +262,13 @@ def _stored_level(affine: Affine, level: torch.Tensor) -> float | None:
     if values.numel() == 0:
         return 0.0
     first = float(values.reshape(-1)[0])
+    if not bool(values.isfinite().all()):
+        return first if bool((values == first).all()) else None
     spread = float((values - first).abs().max())
     limit = 1e-14 * float(torch.maximum(level.abs(), shift.abs()).max() / scale[~dead].abs().min()) if spread else 0.0
     if spread > limit:
         return None
     return 0.0 if abs(first) <= limit else first
-
-
-def _uniform(affine: Affine) -> bool:
-    return not affine.axes()
 
 
 def _volume(sizes: tuple[int, ...]) -> int:

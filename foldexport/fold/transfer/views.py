@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -12,6 +15,9 @@ from foldexport.fold.needs import EXACT
 from foldexport.fold.pending import dynamic_axes, name_of, shape_of
 from foldexport.fold.stored import Pending
 from foldexport.trace import bound
+
+#: Operators that keep the elements in their order.
+RESHAPES = frozenset({"view", "reshape", "reshape_as", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze"})
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -36,6 +42,10 @@ def reshape(fold: Fold, node: fx.Node) -> bool:
     shapes = shape_of(source), shape_of(node)
     dynamic = dynamic_axes(source), dynamic_axes(node)
     pending = fold.pending(source)
+    undone = _undone(node, pending)
+    if undone is not None:
+        fold.pass_on(node, undone)
+        return True
     affine = mapping.map_view(pending.affine, *shapes, set(dynamic[0]), set(dynamic[1]))
     if affine is None:
         pending = _exact(fold, node, pending)
@@ -46,6 +56,18 @@ def reshape(fold: Fold, node: fx.Node) -> bool:
 
     _put_view(fold, node, source, pending, affine, unmap)
     return True
+
+
+def _undone(node: fx.Node, pending: Pending) -> Pending | None:
+    """The tensor in front of a reshape that this one takes back; nothing but affines stands between the two."""
+    stored = pending.stored
+    if stored.kind != "view" or not stored.open or stored.maps or name_of(stored.node) not in RESHAPES:
+        return None
+    before = [str(size) for size in _source(stored.node).meta["val"].shape]  # symbols are equal where they read alike
+    if before != [str(size) for size in node.meta["val"].shape]:
+        return None
+    affine = stored.attrs["unmap"](pending.affine)
+    return None if affine is None else Pending.of(stored.inputs[0], affine, pending.carried)
 
 
 def _order(node: fx.Node, rank: int) -> list[int] | None:
@@ -126,26 +148,56 @@ def expand(fold: Fold, node: fx.Node) -> bool:
 
 
 def split(fold: Fold, node: fx.Node) -> bool:
-    """split, chunk, unbind: one stored tensor per part, each with its part of the affine."""
+    """split, chunk, unbind: one stored tensor per part, each with its part of the affine.
+
+    Parts are disjoint, so a change of one is a change of the operand that leaves the other channels as they are: a linear
+    layer or convolution in front takes what each of q, k and v needs.
+    """
     source, args = _source(node), bound(node)
     if not fold.is_variable(source):
         return False
     pending = fold.pending(source)
     rank = pending.stored.rank
     axis = args.get("dim", 0) % rank
-    if axis in dynamic_axes(source) or (name_of(node) == "unbind" and axis in pending.affine.axes()):
+    unbound = name_of(node) == "unbind"
+    if axis in dynamic_axes(source) or (unbound and axis in pending.affine.axes()):
         return False
     whole = fold.call(node, "opaque", {source: pending.stored})
-    found, start = [], 0
+    found, start, size = [], 0, shape_of(source)[axis]
     for part in fold.parts(node, whole):
-        if name_of(node) == "unbind":
-            affine = Affine(pending.affine.scale.squeeze(axis), pending.affine.shift.squeeze(axis))
-        else:
-            affine = pending.affine.slice(axis, range(start, start + part.shape[axis]))
-            start += part.shape[axis]
+        length = 1 if unbound else part.shape[axis]
+        affine = pending.affine.slice(axis, 0 if unbound else range(start, start + length))
+        part.kind, part.attrs["back"] = "part", _beside_others(axis, start, length, size, unbound)
+        start += length
         found.append(Pending.of(part, affine, pending.carried))
+    for index, part in enumerate(found):
+        readers = [user for user in node.users if user.target is operator.getitem and user.args[1] == index]
+        if len(readers) == 1:
+            part.stored.reads = fold.analysis.reads.get(readers[0], 0)
     fold.values[node] = found
     return True
+
+
+def _beside_others(axis: int, start: int, length: int, size: int, unbound: bool) -> Callable[[Affine], Affine]:
+    """The change of the whole, ``size`` long on ``axis``, that changes one part of it: the identity everywhere else."""
+
+    def back(change: Affine) -> Affine:
+        change = change.unsqueeze(axis) if unbound else change
+        before, behind = (Affine.identity(change.rank) for _ in range(2))
+        sizes = [start, length, size - start - length]
+        parts = [(affine, long) for affine, long in zip((before, change, behind), sizes, strict=True) if long]
+        return Affine.cat([affine for affine, _ in parts], [long for _, long in parts], axis)
+
+    return back
+
+
+def take_part(fold: Fold, node: fx.Node) -> None:
+    """``getitem``: one result of an operator with several; a part with several readers takes its wish now."""
+    part = fold.values[node.args[0]][node.args[1]]
+    fold.values[node] = part
+    alone = sum(user.args[1] == node.args[1] for user in node.args[0].users if user.target is operator.getitem) == 1
+    if isinstance(part, Pending) and part.stored.kind == "part" and alone and not part.stored.open:
+        fold.values[node] = fold.grant(node, part)
 
 
 def channel_shuffle(fold: Fold, node: fx.Node) -> bool:
