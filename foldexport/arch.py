@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from foldexport.builder import Builder, builder_of
 from foldexport.checkpoint import fit
 from foldexport.errors import UsageError
-from foldexport.trace.calling import refuse_hidden_methods, unwrapped
+from foldexport.trace.calling import answer_hidden_methods, refuse_hidden_methods, unwrapped
 
 __all__ = ["load_arch", "load_weights", "parse_arch_args"]
 
@@ -218,6 +218,7 @@ def _build(spec: str, target: Any, arguments: dict[str, Any]) -> nn.Module:
 def _ready(network: nn.Module) -> nn.Module:
     network = unwrapped(network)
     refuse_hidden_methods(network)
+    answer_hidden_methods(network)
     return network
 
 

@@ -54,7 +54,7 @@ def extremes(program: Program, activation: Peak) -> Extremes:
 
 def _peak(tensor: Tensor) -> float:
     """The largest finite magnitude; bounds of clamps may be infinite."""
-    low, high = (float(end) for end in tensor.aminmax())
+    low, high = (float(end) for end in (tensor.abs() if tensor.is_complex() else tensor).aminmax())
     if math.isfinite(low) and math.isfinite(high):
         return max(-low, high)
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
+from foldexport import bands
 from foldexport.errors import ModelError, UsageError
 from foldexport.trace import Graph
 from foldexport.trace.views import bound, packet_name
@@ -102,7 +103,8 @@ def evaluate(
     target = aten.reshape.default if node.target is aten.view.default else node.target
     try:
         with _exact(dtype, torch.device(device).type):
-            return target(*args, **kwargs)
+            banded = bands.convolution(target, args, kwargs)
+            return target(*args, **kwargs) if banded is None else banded
     except (RuntimeError, NotImplementedError) as error:
         if not any(text in str(error) for text in _NO_KERNEL):
             raise

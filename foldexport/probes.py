@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from foldexport.trace import Graph
 
 LARGE_SAMPLE = 3 * 448 * 448  # input elements of one sample; above, probes stay at batch 1
+HUGE_SAMPLE = 3 * 640 * 640  # above, one probe has the user's size and the others a quarter of it where the network allows
 SMALL_SAMPLE = 3 * 128 * 128  # elements up to which a batch costs less than its samples one by one
 NOISE_SAMPLES = 8  # samples behind the float32 noise of the training graph
+HUGE_NOISE_SAMPLES = 4  # of huge samples, of which each takes seconds; more are drawn where the outcome is near the warning
+SPECIAL = ("uniform", "constant", "impulse")
 USER_SAMPLES = 4  # samples taken from the user's data
 
 
@@ -36,11 +39,14 @@ class Probe:
         corners), "second size" (normal), "data" (the user's).
     inputs: floating inputs in float64, the others in the network's own dtype; what is not a tensor is passed as it is.
     optional: the network was not traced for this shape; a network or fold that does not take it is recorded only.
+    resized: of other spatial sizes than the example. instead: the probe to judge where this one is not taken.
     """
 
     name: str
     inputs: tuple
     optional: bool = False
+    resized: bool = False
+    instead: Probe | None = None
 
     @property
     def shapes(self) -> list[list[int]]:
@@ -71,34 +77,50 @@ class Slot:
 def make(graph: Graph, *, seed: int = 0, data: Sequence | None = None) -> list[Probe]:
     """The probes of a certificate: the decisive one first, batches of three and of one, and a second spatial size.
 
+    Above `HUGE_SAMPLE` the special ones and the batch of three have a quarter of the example's height and width.
     data: the user's own inputs, one array per input of the network with the batch first; at most four samples are used.
 
     Raises :class:`UsageError` when the data does not match the inputs.
     """
     slots = _slots(graph)
-    large = _sample_elements(slots) > LARGE_SAMPLE
+    elements = _sample_elements(slots)
+    large, huge = elements > LARGE_SAMPLE, elements > HUGE_SAMPLE
     many, one = (_batch_size(graph, slots, 1 if large else 3), _batch_size(graph, slots, 1))
     probes = [Probe("normal", _draw(slots, many, "normal", seed))]
-    probes += [Probe(kind, _draw(slots, one, kind, seed)) for kind in ("uniform", "constant", "impulse")]
-    resized = [second_size(slot.example, large) if slot.is_float else None for slot in slots]
+    special = [Probe(kind, _draw(slots, one, kind, seed)) for kind in SPECIAL]
+    resized = [_other_size(slot.example, large, huge) if slot.is_float else None for slot in slots]
     if any(resized):
         inputs = _draw(slots, _batch_size(graph, slots, 3 if large else 1), "normal", seed + 1, resized)
-        probes.append(Probe("second size", inputs, optional=not _dynamic_space(graph)))
+        second = Probe("second size", inputs, optional=not _dynamic_space(graph), resized=True)
+        if huge:
+            special = [
+                Probe(full.name, _draw(slots, one, full.name, seed, resized), optional=True, resized=True, instead=full)
+                for full in special
+            ]
+        special = [second, *special] if huge else [*special, second]
+    probes += special
     if data is not None:
         probes.append(Probe("data", _user_inputs(graph, slots, data)))
     return probes
 
 
 def noise_probes(graph: Graph, *, seed: int = 0, first: Probe | None = None) -> list[Probe]:
-    """At least eight normal samples, several at a time where the network's batch is free and samples are small.
+    """At least eight normal samples (four huge ones), several at a time where the network's batch is free and samples are small.
 
     first: a probe of normal samples that is run anyway and counts among them.
     """
     slots = _slots(graph)
-    wanted = NOISE_SAMPLES - (first.samples if first is not None else 0)
+    total = HUGE_NOISE_SAMPLES if _sample_elements(slots) > HUGE_SAMPLE else NOISE_SAMPLES
+    wanted = total - (first.samples if first is not None else 0)
     batch = _batch_size(graph, slots, 1 if _sample_elements(slots) > SMALL_SAMPLE else min(4, max(1, wanted)))
     seeds = range(seed + 2, seed + 2 + math.ceil(wanted / (batch or _traced_batch(slots))))
     return [first] * (first is not None) + [Probe("normal", _draw(slots, batch, "normal", each)) for each in seeds]
+
+
+def further_noise_probes(graph: Graph, *, seed: int = 0, samples: int = 40) -> Iterator[Probe]:
+    """Normal samples beyond those of `noise_probes`, up to ``samples`` in all, drawn when they are asked for."""
+    for more in range(1, math.ceil(samples / NOISE_SAMPLES)):
+        yield from noise_probes(graph, seed=seed + 1000 * more)
 
 
 def second_size(example: Tensor, large: bool) -> tuple[int, ...] | None:
@@ -117,6 +139,18 @@ def second_size(example: Tensor, large: bool) -> tuple[int, ...] | None:
         else:
             sizes.append(size + max(1, min(8, size // 4)) * place)
     return tuple(sizes)
+
+
+def _other_size(example: Tensor, large: bool, huge: bool) -> tuple[int, ...] | None:
+    """`second_size`; of huge samples a quarter of the spatial axes, in multiples of 32: 1024×1024 gives 256×288."""
+    if not huge or example.dim() < 3:
+        return second_size(example, large)
+    return tuple(size // 128 * 32 + 32 * place if size >= 256 else size for place, size in enumerate(example.shape[2:]))
+
+
+def is_huge(graph: Graph) -> bool:
+    """Whether one sample is so large that only what must be is run at its size."""
+    return _sample_elements(_slots(graph)) > HUGE_SAMPLE
 
 
 def normal(words: Callable[[int], np.ndarray], count: int) -> np.ndarray:

@@ -44,7 +44,12 @@ class Needs(nn.Module):
 class HidesModules(nn.Module):
     def __init__(self):
         super().__init__()
-        self.modules = [nn.ReLU()]
+        self.modules = 3
+class HoldsModules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.ReLU()
+        self.modules = [self.layer]
 def by_position(width, /): return Net(width)
 """
 
@@ -197,8 +202,13 @@ def test_arguments_that_are_needed_are_named(folder):
 
 
 def test_a_hidden_method_is_told(folder):
-    with pytest.raises(UsageError, match=r"HidesModules sets self.modules to a list, which hides nn.Module.modules\(\)"):
+    with pytest.raises(UsageError, match=r"HidesModules sets self.modules \(int\), which hides nn.Module.modules\(\)"):
         load_arch("user_net:HidesModules")
+
+
+def test_a_list_that_hides_a_method_answers_for_it(folder):
+    network = load_arch("user_net:HoldsModules")
+    assert network.modules == [network.layer] and list(network.modules()) == [network, network.layer]
 
 
 def test_a_file_of_a_package_imports_what_is_beside_it(folder):

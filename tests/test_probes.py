@@ -57,11 +57,22 @@ def test_a_fixed_batch_stays():
 
 
 def test_a_large_image_stays_at_batch_one():
+    graph = trace(nn.Conv2d(3, 1, 3, stride=8).eval(), torch.zeros(2, 3, 576, 576))
+    shapes = named(probing.make(graph))
+    assert shapes["normal"].shapes == shapes["impulse"].shapes == [[1, 3, 576, 576]]
+    assert shapes["second size"].shapes == [[3, 3, 288, 320]]
+    assert [probe.samples for probe in probing.noise_probes(graph)] == [1] * 8
+
+
+def test_of_a_huge_image_one_probe_has_its_size():
     graph = trace(nn.Conv2d(3, 1, 3, stride=8).eval(), torch.zeros(2, 3, 1024, 1024))
     shapes = named(probing.make(graph))
-    assert shapes["normal"].shapes == [[1, 3, 1024, 1024]]
-    assert shapes["second size"].shapes == [[3, 3, 512, 544]]
-    assert [probe.samples for probe in probing.noise_probes(graph)] == [1] * 8
+    assert shapes["normal"].shapes == [[1, 3, 1024, 1024]] and not shapes["normal"].optional
+    assert shapes["second size"].shapes == [[3, 3, 256, 288]]
+    for name in probing.SPECIAL:
+        assert shapes[name].optional and shapes[name].shapes == [[1, 3, 256, 288]]
+        assert shapes[name].instead.shapes == [[1, 3, 1024, 1024]] and not shapes[name].instead.optional
+    assert [probe.samples for probe in probing.noise_probes(graph)] == [1] * 4
 
 
 @pytest.mark.parametrize(

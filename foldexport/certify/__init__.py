@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Certificate:
     n_values, n_nodes: values of the training graph that were compared, and operators of the folded network that made
         them. silent: user's module -> channels that are 0 on every probe, whose readers were hardly tried.
     trace: why the training graph is not the user's module, empty where it is or was not compared.
+    reduced: probes of huge inputs that were judged at smaller ones instead, see `foldexport.probes.HUGE_SAMPLE`.
     dropped: (probe, reason) of probes whose reference is not finite; skipped: of shapes that the network does not take.
     largest: the largest activation of the folded network on the probes.
     references: inputs of every probe, and the training graph's outputs on them in float64; artifacts are compared with
@@ -55,6 +56,7 @@ class Certificate:
     probes: list[tuple[str, list[list[int]]]] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    reduced: list[str] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
     rounding: Rounding | None = None
     trace: str = ""
@@ -79,6 +81,15 @@ class Certificate:
         """Float32 error of the folded network in multiples of `noise32`."""
         return None if self.rounding is None else self.rounding.multiples["folded"].multiple
 
+    @property
+    def sizes(self) -> str:
+        """What was proved at which size, where huge inputs made it less than everything; empty otherwise."""
+        if not self.reduced:
+            return ""
+        shapes = {name: ", ".join("x".join(map(str, shape)) for shape in each) for name, each in self.probes}
+        normal = f"normal at {shapes['normal']}, " if "normal" in shapes else ""
+        return f"{normal}{' and '.join(self.reduced)} at {shapes[self.reduced[0]]}"
+
     def require(self) -> Certificate:
         """This certificate; raises :class:`EquivalenceError`, naming operators, when the proof does not hold."""
         if self.ok:
@@ -97,6 +108,7 @@ class Certificate:
         if not self.ok:
             return f"not proved: {self.failures[0] if self.failures else 'see the report'}"
         parts = [f"{self.n_values} values in {self.n_nodes} operators equal on {len(self.probes)} probes"]
+        parts += [self.sizes] if self.sizes else []
         parts += [f"outputs within {self.end_to_end.error:.1e} of peak"] if self.end_to_end else []
         parts += [] if self.end_to_end is None or self.end_to_end.informative else ["which says little here"]
         parts += [f"{self.folded32:.1f}× float32 noise"] if self.folded32 is not None else []
@@ -111,6 +123,7 @@ class Certificate:
             "n_values": self.n_values,
             "n_nodes": self.n_nodes,
             "probes": [{"name": name, "shapes": shapes} for name, shapes in self.probes],
+            "reduced": self.reduced,
             "dropped": [{"name": name, "reason": reason} for name, reason in self.dropped],
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "end_to_end": None if self.end_to_end is None else self.end_to_end.to_dict(),
@@ -129,6 +142,7 @@ def certify(
     probes: list[Probe],
     *,
     noise_probes: list[Probe] | None = None,
+    further_noise: Iterable[Probe] = (),
     module: nn.Module | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
@@ -145,7 +159,7 @@ def certify(
     booleans must be equal where their operator read exact bits.
 
     noise_probes: normal samples for the float32 rounding (`probes.noise_probes`); without them, and for a fold that is
-    wrong, it is not measured.
+    wrong, it is not measured. further_noise: more of them, drawn while the folded network is above the warning.
     module: the user's own module; its trace is then compared with it too (`agreement.py`).
     progress: called with the name of each step as it begins.
 
@@ -157,13 +171,14 @@ def certify(
     proof = _Proof(graph, program, module)
     for probe in probes:
         tell(f"probe {probe.name}")
-        proof.judge(probe)
+        if not proof.judge(probe) and probe.instead is not None:
+            proof.judge(probe.instead)
     certificate = proof.certificate
     if noise_probes and certificate.probes and not certificate.failures:
         tell("float32 rounding")
         certificate.rounding = rounding(
-            graph, {"folded": folded_in(program, torch.float32)}, noise_probes, known=certificate.references
-        )
+            graph, {"folded": folded_in(program, torch.float32)}, noise_probes, known=certificate.references, further=further_noise,
+        )  # fmt: skip
         certificate.rounding.blame(proof.schedule, noise_probes[0])
     tell("outputs")
     proof.conclude(probes)
@@ -181,8 +196,8 @@ class _Proof:
         self._proved: dict[str, set[str]] = {}
         self._peaks: dict[str, Tensor] = {}
 
-    def judge(self, probe: Probe) -> None:
-        """The local certificate on one probe, then the whole folded network."""
+    def judge(self, probe: Probe) -> bool:
+        """The local certificate on one probe, then the whole folded network; whether the probe was taken."""
         certificate = self.certificate
         run = Lockstep(self.schedule, probe.inputs, self._outputs.watch)
         resized = probe.optional or probe.name == "second size"
@@ -196,17 +211,19 @@ class _Proof:
         if untraced and not probe.optional:
             raise UsageError(f"height and width cannot be free: {untraced}. Pass --dynamic batch")
         if untraced:
-            certificate.skipped.append((probe.name, untraced))
-            return
+            self._skip(probe, untraced)
+            return False
         infinite = _not_finite(self._graph, run.watched)
         if infinite:
             certificate.dropped.append((probe.name, infinite))
-            return
+            return True
         failures = [finding for finding in findings if not finding.error <= finding.bound]
         if failures and probe.optional:
-            certificate.skipped.append((probe.name, f"the fold holds for the traced sizes only: {failures[0]}"))
-            return
+            self._skip(probe, f"the fold holds for the traced sizes only: {failures[0]}")
+            return False
         certificate.probes.append((probe.name, probe.shapes))
+        if probe.instead is not None:
+            certificate.reduced.append(probe.name)
         certificate.failures += failures
         for value, peak in peaks.items():
             known = self._peaks.get(value, peak)
@@ -218,6 +235,12 @@ class _Proof:
         leaves = pytree.tree_leaves(self._graph.fx.output_node().args[0])
         found = [run.watched[leaf.name] if isinstance(leaf, torch.fx.Node) else leaf for leaf in leaves]
         certificate.references.append((probe.inputs, found))
+        return True
+
+    def _skip(self, probe: Probe, why: str) -> None:
+        """Record a shape that is not taken, but where the same probe follows at the traced sizes."""
+        if probe.instead is None:
+            self.certificate.skipped.append((probe.name, why))
 
     def conclude(self, probes: list[Probe]) -> None:
         """What only all probes together can say."""

@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 from foldexport.certify.endtoend import beyond_jumps
 from foldexport.certify.lockstep import first_line, is_inexact
 from foldexport.interpret import outputs
+from foldexport.trace.calling import run
+from foldexport.trace.exporting import quiet
+from foldexport.trace.kept import kept
 
 if TYPE_CHECKING:
     from foldexport.probes import Probe
@@ -30,12 +33,15 @@ def disagreement(graph: Graph, module: nn.Module, probe: Probe, noise: float = 0
 
     Both run in the module's type, operator by operator the same, so they agree to rounding: for every output
     ``max |y_module − y_graph| ≤ UNITS · max(eps, 2·noise) · max |y_graph|``. Networks that mix float types are not
-    compared, for the graph runs in one. The module's buffers are copied, so that nothing of it changes.
+    compared, for the graph runs in one. The module works on copies of the inputs and of its own tensors, so that neither
+    changes, whatever its forward writes into.
+
+    module: takes the graph's inputs by position, as `Graph.module` does.
 
     noise: the graph's own rounding error in that type, a fraction of the peak.
     """
     dtype = _only_type(graph)
-    if dtype is None or any(module_.training for module_ in module.modules()):
+    if dtype is None or any(child.training for _, child in module.named_modules()):
         return ""
     given = [_as_traced(value, example) for value, example in zip(probe.inputs, graph.example, strict=True)]
     try:
@@ -57,8 +63,9 @@ def disagreement(graph: Graph, module: nn.Module, probe: Probe, noise: float = 0
 
 
 def _call(module: nn.Module, given: list[Any]) -> Any:
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return torch.func.functional_call(module, buffers, tuple(given))
+    """What the user's forward gives. It works on copies, its attributes are put back, and nothing that it prints is shown."""
+    with kept(module), quiet():
+        return run(module, tuple(given), ())[0]
 
 
 def _as_traced(value: Any, example: Any) -> Any:

@@ -153,9 +153,10 @@ class EndToEndRun:
         moved: how far one roundoff at every operator moves the training graph's values (`sensitivity`), where that was
         measured; a network that it moves by a thousandth of the peak cannot be judged by its outputs.
         """
-        own = max((value / (max(self._points[name].peaks) or 1.0) for name, value in (moved or {}).items()), default=0.0)
+        points = {name: point for name, point in self._points.items() if point.errors}
+        own = max((value / _peak(points[name]) for name, value in (moved or {}).items() if name in points), default=0.0)
         bound = max(TOLERANCE, NOISE_DIGITS * (noise or 0.0), MAGNIFIED * own)
-        errors = {name: _relative(point) for name, point in self._points.items() if point.errors}
+        errors = {name: _relative(point) for name, point in points.items()}
         worst = max(errors, key=errors.__getitem__, default="")
         spread: dict[str, float] = {}
         for point in self._points.values():
@@ -261,8 +262,13 @@ def _largest_difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _relative(point: _Point) -> float:
-    """Largest error over the largest peak of all probes; the error itself where the reference is 0 throughout."""
-    return max(point.errors) / (max(point.peaks) or 1.0)
+    """Largest error over the largest peak of all probes."""
+    return max(point.errors) / _peak(point)
+
+
+def _peak(point: _Point) -> float:
+    """The largest of all probes, the unit of its errors; 1 where the reference is 0 throughout."""
+    return max(point.peaks) or 1.0
 
 
 def _spread(point: _Point) -> float:
@@ -270,4 +276,4 @@ def _spread(point: _Point) -> float:
     rows = [row for block in point.prints for row in block if row.shape == point.prints[0].shape[1:]]
     if len(rows) < 2:
         return 0.0
-    return max(float((row - rows[0]).abs().amax()) for row in rows[1:]) / (max(point.peaks) or 1.0)
+    return max(float((row - rows[0]).abs().amax()) for row in rows[1:]) / _peak(point)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from foldexport import bands
 from foldexport.errors import FoldexportError
 from foldexport.fold.rebuild import Program
 from foldexport.fold.records import Record
@@ -36,6 +37,9 @@ class Runner(fx.Interpreter):
         self.dtype = dtype
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and len(n.args) == 1:
+            banded = bands.layer(self.fetch_attr(n.target), self.env[n.args[0]])
+            return super().run_node(n) if banded is None else banded
         if n.op != "call_function":
             return super().run_node(n)
         return evaluate(n, *self.fetch_args_kwargs_from_env(n), self.dtype)
@@ -190,7 +194,7 @@ class Lockstep:
         elif records or exact:
             self._exact.add(node)
         if not records and inputs and is_inexact(computed):
-            self._offsets[node] = (self.nudged(visit, 0) - computed).abs_().div_(NUDGE)
+            self._offsets[node] = (self.nudged(visit, 0) - computed).abs().div_(NUDGE)
         for source in sources:
             if self.schedule.last_reader[source] is node:
                 self._references.pop(source, None)

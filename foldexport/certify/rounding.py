@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 WARN = 4.0  # multiples of the training graph's noise
 REFUSE = 8.0
+HOPELESS = 4 * REFUSE  # more samples change nothing
 MAX_BLAMED = 8
+COPIED_BYTES = 2**29  # of float64 weights; a larger network is not copied, but cast layer by layer in every run
 
 Run = Callable[[tuple], Sequence[Any]]
 
@@ -99,6 +102,8 @@ def rounding(
     probes: list[Probe],
     dtype: torch.dtype = torch.float32,
     known: Sequence[tuple[tuple, list]] = (),
+    further: Iterable[Probe] = (),
+    low: Run | None = None,
 ) -> Rounding:
     """Errors of the training graph and of other networks in ``dtype``, against the training graph in float64.
 
@@ -114,28 +119,35 @@ def rounding(
     runs: name -> network, which takes a probe's inputs (floats in float64) and gives its outputs, flat, in order.
     probes: eight samples or more; those whose reference is not finite are left out. known: inputs, by identity, and the
     training graph's outputs on them in float64 where they have been computed already.
+    further: probes drawn one by one while a network is above `WARN` but not hopeless. On networks with gates and few
+    pixels one sample in ten can round ten times worse than the others, in whichever network happens to meet it: eight
+    samples then say little.
+    low: how the training graph runs in a half type; the floor then is an eighth of the type's epsilon, about the RMS error
+    of an output that is rounded once.
     """
     behind, _ = beyond_jumps(graph.fx)
     leaves = pytree.tree_leaves(graph.fx.output_node().args[0])
     judged = [place for place, leaf in enumerate(leaves) if leaf not in behind and is_inexact(_meta(leaf))]
     own = {place: Errors() for place in judged}
     others = {name: {place: Errors() for place in judged} for name in runs}
+    floor = torch.finfo(dtype).eps / (2 if low is None else 8)
     samples = 0
-    for probe in probes:
+    for place, probe in enumerate(chain(probes, further)):
+        if place >= len(probes) and not _undecided(others, own, _levels(own, len(leaves), floor)):
+            break
         computed = [leaves for inputs, leaves in known if inputs is probe.inputs]
         wanted = computed[0] if computed else outputs(graph, probe.inputs, torch.float64)
         if not all(bool(wanted[place].isfinite().all()) for place in judged):
             continue
         samples += probe.samples
-        found = outputs(graph, probe.inputs, dtype)
+        found = outputs(graph, probe.inputs, dtype) if low is None else low(probe.inputs)
         for place in judged:
             own[place].add(wanted[place], found[place])
         for name, run in runs.items():
             found = run(probe.inputs)
             for place in judged:
                 others[name][place].add(wanted[place], found[place])
-    floor = torch.finfo(dtype).eps / 2
-    levels = [max(floor, own[place].rms) if place in own else floor for place in range(len(leaves))]
+    levels = _levels(own, len(leaves), floor)
     multiples = {name: _multiple(errors, own, levels) for name, errors in others.items()}
     return Rounding(str(dtype).split(".")[1], max(levels, default=floor), levels, samples, multiples)
 
@@ -165,6 +177,16 @@ class Errors:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
+def _levels(own: dict[int, Errors], outputs: int, floor: float) -> list[float]:
+    """The training graph's noise per output, never below the floor."""
+    return [max(floor, own[place].rms) if place in own else floor for place in range(outputs)]
+
+
+def _undecided(others: dict[str, dict[int, Errors]], own: dict[int, Errors], levels: list[float]) -> bool:
+    """Whether a network is above the warning, by less than what only a ruined fold reaches."""
+    return any(WARN < (_multiple(errors, own, levels).multiple or 0.0) < HOPELESS for errors in others.values())
+
+
 def _multiple(errors: dict[int, Errors], own: dict[int, Errors], levels: list[float]) -> Multiple:
     ratios = []
     for place, found in errors.items():
@@ -176,11 +198,11 @@ def _multiple(errors: dict[int, Errors], own: dict[int, Errors], levels: list[fl
 
 def folded_in(program: Program, dtype: torch.dtype) -> Run:
     """The folded network, cast to ``dtype``, as a run."""
-    module = _rounded(program.module, dtype)
+    narrow = narrowed(program.module, dtype)
 
     def run(inputs: tuple) -> list[Any]:
         given = [value.to(dtype) if is_inexact(value) and not value.is_complex() else value for value in inputs]
-        return pytree.tree_leaves(Runner(module, dtype).run(*given))
+        return pytree.tree_leaves(narrow().run(*given))
 
     return run
 
@@ -192,7 +214,7 @@ def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
     Each folded operator reads the float32 rounding of its float64 references; its error, ``scale·(s32 − s64)``, is
     taken over the peak of the training value. What it reads counts, so a huge shift is blamed on its readers too.
     """
-    runner = Runner(_rounded(schedule.program.module, torch.float32), torch.float32)
+    runner = narrowed(schedule.program.module, torch.float32)()
     twins = {node.name: node for node in runner.module.graph.nodes}
     found = []
     for visit in Lockstep(schedule, probe.inputs):
@@ -201,7 +223,7 @@ def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
         record = visit.records[-1]
         twin = twins[visit.node.name]
         inputs = {twins[source.name]: _single(value) for source, value in visit.references.items()}
-        error = (record.scale * record.part(runner.run_on(twin, inputs).double() - visit.computed)).abs()
+        error = (record.scale * record.part(runner.run_on(twin, inputs).to(visit.computed.dtype) - visit.computed)).abs()
         peak = float(record.seen(visit.values[record.value]).abs().max()) or 1.0
         axis = 1 if error.dim() > 1 else None
         per_channel = error.transpose(0, axis).flatten(1).amax(1) if axis else error.amax().reshape(1)
@@ -210,6 +232,26 @@ def worst_conditioned(schedule: Schedule, probe: Probe) -> list[Blame]:
         units = float(per_channel[channel]) / peak * 2**24
         found.append(Blame(label, visit.node.name, record.value, channel if axis else None, units))
     return sorted(found, key=lambda blame: -blame.error_units)[:MAX_BLAMED]
+
+
+class Narrow(Runner):
+    """A run of a float64 network in another type, each layer's weights cast when it is called and dropped behind it."""
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        layer = self.fetch_attr(target)
+        state = {name: cast(value, self.dtype) for name, value in (*layer.named_parameters(), *layer.named_buffers())}
+        return torch.func.functional_call(layer, state, args, kwargs)
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return cast(super().get_attr(target, args, kwargs), self.dtype)
+
+
+def narrowed(module: fx.GraphModule, dtype: torch.dtype) -> Callable[[], Runner]:
+    """Makes runs of a float64 network in ``dtype``: of one copy of it, or of itself where a copy would fill the memory."""
+    if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > COPIED_BYTES:
+        return lambda: Narrow(module, dtype)
+    copied = _rounded(module, dtype)
+    return lambda: Runner(copied, dtype)
 
 
 def _rounded(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
@@ -223,7 +265,7 @@ def _rounded(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
 
 
 def _single(value: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.float() if is_inexact(leaf) and not leaf.is_complex() else leaf, value)
+    return pytree.tree_map(lambda leaf: cast(leaf, torch.float32) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _meta(leaf: Any) -> Any:

@@ -22,7 +22,15 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from foldexport.errors import FoldexportError, ModelError, TraceError, UsageError
-from foldexport.trace.calling import ByKeyword, Inputs, keywords_of, refuse_hidden_methods, run, unwrapped
+from foldexport.trace.calling import (
+    ByKeyword,
+    Inputs,
+    answer_hidden_methods,
+    keywords_of,
+    refuse_hidden_methods,
+    run,
+    unwrapped,
+)
 from foldexport.trace.explain import FIRST_LINE, first_line, untraceable
 from foldexport.trace.exporting import Exported, Failed, export, is_too_deep, quiet
 from foldexport.trace.forward import Untraceable
@@ -92,6 +100,7 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: b
 def _traced(module: nn.Module, inputs: Inputs, dynamic: bool) -> Graph:
     keywords = keywords_of(module, len(inputs))
     with kept(module) as drawn:
+        answer_hidden_methods(module)
         unscript_parts(module)
         exported = export(module, inputs, keywords, dynamic, lambda: _plain(module, inputs, keywords))
         if isinstance(exported, Failed):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from foldexport.errors import ModelError
 
 Inputs = tuple[Tensor, ...]
+LAZY_BYTES = 2**26  # of a weight that is copied when it is written to, and not before
 
 
 class ByKeyword(nn.Module):
@@ -48,16 +51,46 @@ def _wrappers() -> tuple[type, ...]:
 
 
 def refuse_hidden_methods(module: nn.Module) -> None:
-    """Raises ModelError where an attribute of the user's hides a method of ``nn.Module`` that PyTorch itself calls."""
+    """Raises ModelError where an attribute of the user's hides a method of ``nn.Module`` that PyTorch itself calls.
+
+    Lists, tuples and dicts are let through: `answer_hidden_methods` makes them answer for the method.
+    """
+    for name, child, key, value in _hiding(module):
+        if type(value) not in _HOLDERS:
+            kind = type(child).__name__
+            where = f"module '{name}' ({kind})" if name else kind
+            raise ModelError(
+                f"{where} sets self.{key} ({type(value).__name__}), which hides nn.Module.{key}() from PyTorch.\n"
+                f"Rename the attribute, for example to self.{key}_."
+            )
+
+
+def answer_hidden_methods(module: nn.Module) -> None:
+    """Lists, tuples and dicts that hide a method of ``nn.Module`` are replaced by equal ones that can be called as it.
+
+    ``self.modules = [self.conv1, self.conv2]`` works in forward, while PyTorch calls ``modules()``. The change is to
+    the attributes, for the caller to undo.
+    """
+    for _, child, key, value in list(_hiding(module)):
+        if type(value) in _HOLDERS:
+            vars(child)[key] = _answering(getattr(nn.Module, key).__get__(child), value)
+
+
+_HOLDERS = (list, tuple, dict)
+
+
+def _hiding(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """(name of the module, the module, the attribute that hides a method, its value)."""
     for name, child in nn.Module.named_modules(module):
         for key, value in vars(child).items():
             if callable(getattr(nn.Module, key, None)) and not callable(value):
-                kind = type(child).__name__
-                where = f"module '{name}' ({kind})" if name else kind
-                raise ModelError(
-                    f"{where} sets self.{key} to a {type(value).__name__}, which hides nn.Module.{key}() from PyTorch.\n"
-                    f"Rename the attribute, for example to self.{key}_."
-                )
+                yield name, child, key, value
+
+
+def _answering(method: Callable[..., Any], value: Any) -> Any:
+    """An equal list, tuple or dict that is called as ``method``."""
+    kind = type(value)
+    return type(kind.__name__, (kind,), {"__call__": lambda self, *args, **kwargs: method(*args, **kwargs)})(value)
 
 
 def keywords_of(module: nn.Module, count: int) -> tuple[str, ...]:
@@ -101,6 +134,14 @@ class _Repeated(nn.Module):
         return results
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that may be written to; of a large one, PyTorch copies the memory only when it is written to."""
+    if tensor.nbytes >= LAZY_BYTES:
+        with contextlib.suppress(AttributeError, RuntimeError):  # no such function in this PyTorch, or memory of another kind
+            return torch._lazy_clone(tensor)
+    return tensor.clone()
+
+
 @torch.no_grad()
 def run(module: nn.Module, inputs: Inputs, keywords: tuple[str, ...], calls: int = 1) -> list[Any]:
     """What the plain network gives, call after call, on copies of inputs, parameters and buffers.
@@ -108,5 +149,5 @@ def run(module: nn.Module, inputs: Inputs, keywords: tuple[str, ...], calls: int
     ``kept`` (kept.py) puts back what it does to its attributes and to random generators.
     """
     repeated = _Repeated(module)
-    tensors = {f"network.{name}": t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    tensors = {f"network.{name}": _copied(t.detach()) for name, t in [*module.named_parameters(), *module.named_buffers()]}
     return torch.func.functional_call(repeated, tensors, (calls, *arranged(inputs, keywords)))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.trace import trace
+from foldexport.trace import calling, trace
 from tests.hand_folds import IMAGE, copy_of, run
 from tests.statistics import randomise
 
@@ -49,3 +50,79 @@ def test_a_trace_that_holds_for_one_size_only_is_recorded():
     certificate = run(graph, copy_of(graph), module=module)
     assert certificate.ok and [name for name, _ in certificate.skipped] == ["second size"]
     assert "differs from its trace" in certificate.skipped[0][1]
+
+
+class ByName(Doubled):
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        return super().forward(x * mask)
+
+
+class WritesIntoItsInput(Doubled):
+    """Normalises in place, counts its calls, and prints."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("calling")
+        self.calls += 1
+        return super().forward(x.sub_(0.4).div_(0.2))
+
+
+CALLED = {
+    "DataParallel": (lambda: nn.DataParallel(Doubled()), (IMAGE,), "conv.weight"),
+    "TorchScript": (lambda: torch.jit.script(Doubled()), (IMAGE,), "conv.weight"),
+    "a part in TorchScript": (lambda: nn.Sequential(torch.jit.script(Doubled())), (IMAGE,), "0.conv.weight"),
+    "by keyword": (ByName, (IMAGE, torch.ones_like(IMAGE)), "conv.weight"),
+    "in place": (WritesIntoItsInput, (IMAGE,), "conv.weight"),
+}
+
+
+@pytest.mark.parametrize(("make", "example", "weight"), CALLED.values(), ids=CALLED)
+def test_whatever_tracing_takes_is_compared_with_its_trace(make, example, weight, capfd):
+    module = randomise(make(), 0)
+    graph = trace(module, example)
+    assert run(graph, copy_of(graph), module=graph.module).require().trace == ""
+    graph.tensors[weight] = graph.tensors[weight] * 1.01
+    certificate = run(graph, copy_of(graph), module=graph.module)
+    assert not certificate.failures and "differs from its trace" in certificate.trace
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_module_and_the_probes_are_as_they_were():
+    module = randomise(WritesIntoItsInput(), 0)
+    folded = foldexport.fold(module, IMAGE)
+    assert folded.certificate.ok and float(module.calls) == 0.0 and not bool(IMAGE.any())
+    inputs, outputs = folded.certificate.references[0]
+    wanted = module.double()(inputs[0].clone()).detach()
+    assert float((outputs[0] - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+
+
+class Clamps(Doubled):
+    """Writes into its weight at every call, past autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("lazy_bytes", [0, 2**40], ids=["on write", "at once"])
+def test_weights_that_forward_writes_into_are_copies(lazy_bytes, monkeypatch):
+    monkeypatch.setattr(calling, "LAZY_BYTES", lazy_bytes)
+    module = randomise(Clamps(), 0)
+    before = module.conv.weight.detach().numpy().copy()
+    (found,) = calling.run(module, (IMAGE + 1,), ())
+    assert (module.conv.weight.detach().numpy() == before).all() and abs(before).max() > 0.1
+    assert torch.equal(found, module(IMAGE + 1)) and float(module.conv.weight.abs().max()) <= 0.11
+
+
+def test_fold_compares_with_what_was_traced(monkeypatch):
+    """The planted mistake: tracing gives a weight that the network does not have."""
+    module = nn.DataParallel(randomise(Doubled(), 0))
+    honest = foldexport.api.trace
+
+    def mistaken(*args):
+        graph = honest(*args)
+        graph.tensors["conv.bias"] = graph.tensors["conv.bias"] + 0.01
+        return graph
+
+    monkeypatch.setattr(foldexport.api, "trace", mistaken)
+    with pytest.raises(EquivalenceError, match="differs from its trace"):
+        foldexport.fold(module, IMAGE)

@@ -7,7 +7,9 @@ from torch import nn
 
 from foldexport import probes as probing
 from foldexport.certify import certify
+from foldexport.certify.rounding import rounding
 from foldexport.fold.rebuild import Record
+from foldexport.interpret import outputs
 from tests.hand_folds import IMAGE, column, fold_chain, plain, run
 from tests.statistics import randomise
 
@@ -34,3 +36,26 @@ def test_rounding_of_a_network_like_itself_is_one():
     graph, program = fold_chain(plain(example=torch.randn(4, 3, 10, 10)), IMAGE)
     found = certify(graph, program, probing.make(graph)[:1], noise_probes=probing.noise_probes(graph)).rounding
     assert found.samples == 8 and len(found.levels) == 1 and not found.worst and not found.warnings()
+
+
+def test_more_samples_are_drawn_while_one_of_them_decides():
+    """A sample that rounds badly in one network only, as gates over few pixels give: it counts, but among many."""
+    graph, _ = fold_chain(plain(example=torch.randn(4, 3, 10, 10)), IMAGE)
+    first = probing.noise_probes(graph)
+
+    def off_by(share: float, only: object = None):
+        def network(inputs: tuple) -> list:
+            wanted = outputs(graph, inputs, torch.float64)
+            unlucky = only is None or inputs is only
+            return [leaf + share * leaf.abs().max() if unlucky else leaf for leaf in wanted]
+
+        return network
+
+    rare = rounding(graph, {"rare": off_by(1.2e-6, first[0].inputs)}, first)
+    assert rare.multiples["rare"].multiple > 8
+    more = rounding(graph, {"rare": off_by(1.2e-6, first[0].inputs)}, first, further=probing.further_noise_probes(graph))
+    assert more.samples > 8 and more.multiples["rare"].multiple < rare.multiples["rare"].multiple
+    steady = rounding(graph, {"steady": off_by(1.2e-6)}, first, further=probing.further_noise_probes(graph))
+    assert steady.samples == 40 and steady.multiples["steady"].multiple > 8
+    ruined = rounding(graph, {"ruined": off_by(1e-3)}, first, further=probing.further_noise_probes(graph))
+    assert ruined.samples == 8 and ruined.multiples["ruined"].multiple > 100

@@ -230,7 +230,7 @@ CHANGES = [
     (refused.Clock, ["another result at each call", "a clock"]),
     (refused.CallsCount, ["another result at each call", "self.calls"]),
     (refused.WeightsGrow, ["another result at each call", "self.conv.weight"]),
-    (refused.HidesModules, ["sets self.modules to a list", "hides nn.Module.modules()", "self.modules_"]),
+    (refused.HidesModules, ["sets self.modules (int)", "hides nn.Module.modules()", "self.modules_"]),
     (refused.Lazy, ["lazy layers", "'first.weight'", "Load its checkpoint"]),
 ]
 
