@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from foldexport import checkpoint, zoo
+from foldexport import checkpoint, fingerprints, zoo
 from foldexport.arch import load_arch, load_weights
 from foldexport.checkpoint import Checkpoint
 from foldexport.checkpoint.tensors import HALF_TYPES
@@ -60,31 +59,56 @@ def recognise(
 
 
 def _known(read: Checkpoint, arch: str | None, arch_args: dict[str, Any]) -> Network:
-    """A network of the zoo, or the one that the file itself holds."""
+    """The network that the file itself holds, or one of the zoo, or of the table of published networks.
+
+    The zoo goes first, but where the file says that it is a network of the table that the zoo would take for another.
+    """
+    match = None if arch else fingerprints.match(read)
+    holds_itself = read.module is not None and not arch
+    if match is not None and holds_itself:  # what it computes needs no guess
+        return _held(read, match)
+    if match is not None and match.before_zoo:
+        return _network(match.identified(arch_args))
     try:
         found = zoo.identify(read.tensors, read.metadata, arch=arch, arch_args=arch_args, source=str(read.path))
-    except CheckpointError:
-        if read.module is None or arch or isinstance(read.module, torch.jit.ScriptModule):
-            raise
-        return _held(read)
+    except CheckpointError as refusal:
+        if holds_itself:
+            return _held(read)
+        if match is not None and not match.of_zoo:
+            return _network(match.identified(arch_args))
+        of_zoo = match is not None or arch or any(family.recognises(read.tensors) for family in zoo.FAMILIES)
+        if not of_zoo and read.tensors and (message := fingerprints.unlike(read)):
+            raise CheckpointError(message) from refusal
+        raise
+    if match is not None:
+        match.inform(found)
+    return _network(found)
+
+
+def _network(found: zoo.Identified) -> Network:
+    shapes = (tuple(found.input_shape),) if found.input_shape else ()
     return Network(
-        found.module, found.name, found.description, found.reason, (tuple(found.input_shape),), found.num_classes,
-        found.preprocessing, list(found.notes),
+        found.module, found.name, found.description, found.reason, shapes, found.num_classes, found.preprocessing,
+        list(found.notes),
     )  # fmt: skip
 
 
-def _held(read: Checkpoint) -> Network:
-    """The network that was pickled whole, or exported, into the file."""
-    kind = type(read.module).__name__
+def _held(read: Checkpoint, match: fingerprints.Match | None = None) -> Network:
+    """The network that was pickled whole, or exported, into the file; ``match``: what the table knows of its inputs."""
+    kind = getattr(read.module, "original_name", type(read.module).__name__)  # TorchScript's name of the class
     checkpoint.check_finite(read.tensors, read.path)
     checkpoint.check_running_var(read.tensors, read.path)
     module, notes = _evaluating(read.module)
-    return Network(module, kind, f"{kind}, as the file holds it", f"the {read.format} holds the network itself",
-                   _stated_shapes(read), notes=notes)  # fmt: skip
+    preprocessing, shape, told = ({}, (), []) if match is None else match.common_inputs()
+    shapes = ((shape,) if shape else ()) or _stated_shapes(read)
+    return Network(
+        module, kind, f"{kind}, as the file holds it", f"the {read.format} holds the network itself", shapes,
+        preprocessing.get("num_classes"), preprocessing, notes + told,
+    )  # fmt: skip
 
 
 def _built(read: Checkpoint, arch: str, arch_args: dict[str, Any]) -> Network:
-    """The network of the user's own code, with the weights of the file."""
+    """The network of the user's own code, or of a package, with the weights of the file."""
     module = load_arch(arch, arch_args)
     notes = load_weights(module, read.tensors, read.path)
     checkpoint.check_finite(read.tensors, read.path)
@@ -92,8 +116,12 @@ def _built(read: Checkpoint, arch: str, arch_args: dict[str, Any]) -> Network:
     module, more = _evaluating(module)
     kind = type(module).__name__
     given = ", ".join(f"{key}={value!r}" for key, value in arch_args.items())
-    return Network(module, kind, f"{kind}({given})", f"asked for: --arch {arch}", _stated_shapes(read),
-                   preprocessing=_stated(read), notes=notes + more)  # fmt: skip
+    preprocessing, shape, told = fingerprints.told_inputs(read, arch, arch_args)
+    shapes = ((shape,) if shape else ()) or _stated_shapes(read)
+    return Network(
+        module, kind, f"{kind}({given})", f"asked for: --arch {arch}", shapes,
+        preprocessing=preprocessing or _stated(read), notes=notes + more + told,
+    )  # fmt: skip
 
 
 def _stated(read: Checkpoint) -> dict[str, Any]:
@@ -111,7 +139,7 @@ def _stated_shapes(read: Checkpoint) -> tuple[tuple[int, ...], ...]:
 def _evaluating(module: nn.Module) -> tuple[nn.Module, list[str]]:
     """The module in eval mode and at float32 or float64, and notes of what had to be changed."""
     notes = []
-    training = sum(child.training for child in module.modules())
+    training = sum(getattr(child, "training", False) for child in module.modules())  # frozen TorchScript has no mode
     if training:
         notes.append(f"called .eval(): {type(module).__name__} came in train mode")
         _eval(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from foldexport.errors import UsageError
 from foldexport.extremes import Extremes
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
-from foldexport.fold.rebuild import in_dtype
+from foldexport.fold.rebuild import Program, in_dtype
 from foldexport.recognise import Network, recognise
 from foldexport.trace import Graph, trace
 from foldexport.verify.golden import golden_inputs
@@ -54,6 +55,7 @@ class Study:
     module: what is to be exported, in float32.     graph: the training graph.     example: inputs of the user's batch.
     evaluated: weights that a formula made ("DiracConv2d": 12), computed once.      levels: float32 noise per output.
     after, ledger, certificate: None where the user asked for no fold.              seconds: per stage.
+    refold: the folded network in float64 once more.
     """
 
     network: Network
@@ -68,6 +70,7 @@ class Study:
     evaluated: dict[str, int]
     seconds: dict[str, float]
     extremes: Extremes | None = None
+    refold: Callable[[], Program] | None = None
 
     @property
     def levels(self) -> list[float] | None:
@@ -115,13 +118,14 @@ def _folded(network: Network, example: tuple, data: list | None, question: Quest
         progress=clock.tell,
     )  # fmt: skip
     clock.seconds |= folded.seconds
+    network.notes += folded.graph.notes
     with clock.stage("count"):
         before = costs.of_graph(folded.graph, network.module, folded.counts_before)
         after = costs.of_module(folded.module, folded.graph.example, folded.counts_after)
         evaluated = evaluated_weights(folded.graph)
     return Study(
         network, in_dtype(folded.module, torch.float32), folded.graph, _as_float32(example), data, before, after,
-        folded.ledger, folded.certificate, evaluated, clock.seconds, folded.extremes,
+        folded.ledger, folded.certificate, evaluated, clock.seconds, folded.extremes, folded.refold,
     )  # fmt: skip
 
 
@@ -131,9 +135,30 @@ def _plain(network: Network, example: tuple, data: list | None, clock: Clock) ->
         api.check_deterministic(graph)
         api.check_finite(graph)
         before = costs.of_graph(graph, network.module, api.count_operators(graph))
+    network.notes += graph.notes
     wide = api.weights_dtype(graph) != torch.float32
-    module = copy.deepcopy(network.module).float() if wide else network.module
+    module = copy.deepcopy(graph.module).float() if wide else graph.module
+    _take_by_position(module, len(example))
     return Study(network, module, graph, _as_float32(example), data, before, None, None, None, {}, clock.seconds)
+
+
+def _take_by_position(module: nn.Module, count: int) -> None:
+    """Where forward is ``forward(*inputs)``, as in networks that were TorchScript: gives it that many named parameters.
+
+    Exporters match the free axes of inputs with the parameters of forward.
+    """
+    forward = module.forward
+    if all(each.kind is not each.VAR_POSITIONAL for each in inspect.signature(forward).parameters.values()):
+        return
+
+    def positional(*inputs: Any) -> Any:
+        return forward(*inputs)
+
+    names = [f"input_{place}" for place in range(count)]
+    positional.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    module.forward = positional
 
 
 def example_inputs(network: Network, question: Question, data: list[np.ndarray] | None) -> tuple[Tensor, ...]:

@@ -53,10 +53,23 @@ class Offer:
 
 
 def offers() -> Iterator[Offer]:
-    yield from _torchvision()
+    yield from of_torchvision()
     yield from _detectors()
+    yield from of_timm()
+
+
+def of_timm() -> Iterator[Offer]:
     for name in sorted(registry.list_models()):
         yield Offer("timm", name, [Candidate(f"timm.models:{name}")], _timm_weights(name))
+
+
+def of_torchvision() -> Iterator[Offer]:
+    """All but its detectors."""
+    for place in TORCHVISION_MODULES:
+        module = __import__(place, fromlist=["*"])
+        for name in torchvision.models.list_models(module=module):
+            weights = _torchvision_weights(name)
+            yield Offer("torchvision", name, _torchvision_variants(place, name, weights), weights)
 
 
 def is_convolutional(network: nn.Module) -> bool:
@@ -80,14 +93,6 @@ def _timm_weights(name: str) -> list[Weights]:
         url = config.url if isinstance(config.url, str) else ""
         found.append(Weights(full.partition(".")[2], inputs, config.num_classes, url))
     return found
-
-
-def _torchvision() -> Iterator[Offer]:
-    for place in TORCHVISION_MODULES:
-        module = __import__(place, fromlist=["*"])
-        for name in torchvision.models.list_models(module=module):
-            weights = _torchvision_weights(name)
-            yield Offer("torchvision", name, _torchvision_variants(place, name, weights), weights)
 
 
 def _torchvision_variants(place: str, name: str, weights: list[Weights]) -> list[Candidate]:

@@ -1,6 +1,6 @@
 """Writes ``foldexport/fingerprints/table.json`` from the torchvision and timm that are installed.
 
-    python tools/fingerprints.py [--only REGEX] [--out FILE]
+    python tools/fingerprints.py [--only REGEX] [--out FILE] [--keep TABLE]
 
 Every network is built on the meta device, where it has shapes and no weights, three times: with two numbers of classes
 and of input channels, which shows the dimensions that depend on them, and without a classifier. Networks with the same
@@ -37,8 +37,8 @@ from fingerprint_functions import build, functions  # noqa: E402
 from fingerprint_networks import Offer, former_names, is_convolutional, offers  # noqa: E402
 
 from foldexport.checkpoint.select import strip_prefix  # noqa: E402
-from foldexport.fingerprints.data import USUAL_CLASSES  # noqa: E402
-from foldexport.fingerprints.table import CHANNELS, Candidate, Dimension, Relation, Shape, counted, fingerprint  # noqa: E402
+from foldexport.fingerprints.data import USUAL_CLASSES, parsed  # noqa: E402
+from foldexport.fingerprints.table import CHANNELS, Candidate, Dimension, Relation, Shape, Table, counted, fingerprint  # noqa: E402
 
 OUT = HERE.parent / "foldexport" / "fingerprints" / "table.json"
 
@@ -158,13 +158,24 @@ class Interned:
         return self._places[key]
 
 
-def document(groups: Mapping[str, Group], taken: Iterable[Offer], complaints: list[str]) -> dict[str, Any]:
+def settle(key: str, group: Group, known: Table | None) -> tuple[list[list[Candidate]], int | None, list[str]]:
+    """`functions` of a group, from a table where that has the same candidates."""
+    row = known.rows.get(key) if known else None
+    kept = [list(members) for members in row.functions] if row else []
+    if sum(map(len, kept)) == len(group.candidates) and all(any(each in members for members in kept) for each in group.candidates):
+        return kept, row.zoo, []
+    return functions(group.candidates, group.shapes, group.video, **group.counts)
+
+
+def document(
+    groups: Mapping[str, Group], taken: Iterable[Offer], complaints: list[str], known: Table | None = None
+) -> dict[str, Any]:
     """The table in the form that `foldexport.fingerprints.data.parsed` reads."""
     relations, inputs, arguments = Interned(), Interned(), Interned()
     rows, headless, settled = {}, defaultdict(list), defaultdict(list)
     began = time.perf_counter()
     for number, (key, group) in enumerate(sorted(groups.items(), key=lambda item: item[1].candidates[0].name)):
-        found, of_zoo, doubts = functions(group.candidates, group.shapes, group.video, **group.counts)
+        found, of_zoo, doubts = settle(key, group, known)
         print(f"{number:5d} {group.candidates[0].name:45s} {len(group.candidates)} in {len(found)}, zoo {of_zoo} "
               f"{time.perf_counter() - began:7.1f} s", file=sys.stderr)  # fmt: skip
         complaints += [f"{group.candidates[0]}: {doubt}" for doubt in dict.fromkeys(doubts)]
@@ -231,11 +242,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="networks whose name matches; for a trial")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--keep", type=Path, metavar="TABLE", help="of the same versions: its networks are not run again")
     options = parser.parse_args()
+    known = parsed(json.loads(options.keep.read_text("utf-8"))) if options.keep else None
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     groups, taken, complaints = collect(options.only)
-    options.out.write_text(lines(document(groups, taken, complaints)), "utf-8")
+    options.out.write_text(lines(document(groups, taken, complaints, known)), "utf-8")
     print(*complaints, sep="\n")
     print(f"{options.out}: {len(taken)} networks, {len(groups)} fingerprints, {options.out.stat().st_size / 1024:.0f} KiB")
 

@@ -8,6 +8,6 @@ The table is data: looking a file up imports neither package. Networks that shar
 
 from __future__ import annotations
 
-from foldexport.fingerprints.matching import Match, match, told_inputs
+from foldexport.fingerprints.matching import Match, match, told_inputs, unlike
 
-__all__ = ["Match", "match", "told_inputs"]
+__all__ = ["Match", "match", "told_inputs", "unlike"]

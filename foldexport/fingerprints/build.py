@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foldexport.checkpoint.select import strip_prefix
 from foldexport.errors import CheckpointError, MissingDependencyError, UsageError
 from foldexport.fingerprints.data import table
-from foldexport.fingerprints.table import Candidate, Function, counted, plain_keys
+from foldexport.fingerprints.table import AUXILIARY_HEADS, Candidate, Function, counted, plain_keys
 from foldexport.zoo.loading import SHOWN_KEYS, uniform_precision
 
 
@@ -53,6 +53,7 @@ def network(
     if any(tensor.dtype == torch.float64 for tensor in state.values()):
         module = module.double()
     named = {new: state[old] for old, new in plain_keys(state).items()}
+    notes += _resize_auxiliary_heads(module, named)
     _load(module, named, f"{source}, as {candidate}", candidate)
     return module.eval(), candidate, notes
 
@@ -118,6 +119,27 @@ def _built(
     if not isinstance(module, nn.Module):
         raise UsageError(f"--arch {candidate.spec}: returned a {type(module).__name__}; wanted a torch.nn.Module.")
     return module
+
+
+def _resize_auxiliary_heads(module: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Gives auxiliary heads the classes of the file, where only the other head was changed; a note of it."""
+    notes = []
+    for path, layer in list(module.named_modules()):
+        head, weight = path.partition(".")[0], state.get(f"{path}.weight")
+        if head not in AUXILIARY_HEADS or not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
+            continue
+        rows = weight.shape[0]
+        if weight.shape[1:] != layer.weight.shape[1:] or rows == layer.weight.shape[0]:
+            continue
+        layer.weight = nn.Parameter(layer.weight.new_zeros(weight.shape))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias.new_zeros(rows))
+        if isinstance(layer, nn.Linear):
+            layer.out_features = rows
+        else:
+            layer.out_channels = rows
+        notes.append(f"`{path}` has {rows} classes of its own")
+    return notes
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], title: str, candidate: Candidate) -> None:

@@ -61,11 +61,13 @@ class Match:
         source = str(self.read.path)
         check_finite(self.tensors, source)
         check_running_var(self.tensors, source)
-        asked = [each for each in self.functions if any(_agrees(candidate, arch_args) for candidate in each.candidates)]
+        everything = [candidate for each in self.functions for candidate in each.candidates]
+        told = {key: value for key, value in arch_args.items() if any(key in each.arguments for each in everything)}
+        asked = [each for each in self.functions if any(_has(candidate, told) for candidate in each.candidates)]
         if len(asked or self.functions) > 1:
             raise CheckpointError(self.question())
         function = (asked or self.functions)[0]
-        order = sorted(function.candidates, key=lambda each: not self._claimed(each))
+        order = sorted(function.candidates, key=lambda each: (not _has(each, told), not self._claimed(each)))
         module, candidate, notes = build.network(function, order, self.tensors, arch_args, source)
         classes = arch_args.get("num_classes", function.num_classes)
         fields, more = self._inputs(function, {})
@@ -143,6 +145,24 @@ def match(read: Checkpoint) -> Match | None:
     return None
 
 
+def unlike(read: Checkpoint) -> str | None:
+    """The message for a file that says which network of the table it is, and has not its keys and shapes; else None."""
+    known = {each.name: each for row in table().rows.values() for members in row.functions for each in members}
+    said = (claim for claim in evidence.claims(read, known, table()) if claim.name in known)
+    if (claim := next(said, None)) is None:
+        return None
+    candidate = known[claim.name]
+    return (
+        f"{read.path}: {claim.said}, but its keys and shapes are not those of {candidate}.\n"
+        f"To see what differs, pass --arch {candidate.spec}{_appended(_words(candidate.arguments))}; for a changed network, --arch "
+        "with a callable that builds it."
+    )
+
+
+def _appended(words: str) -> str:
+    return f" {words}" if words else ""
+
+
 def _narrowed(read: Checkpoint, tensors: Mapping[str, Tensor], prefix: str, functions: list[Function]) -> Match:
     names = {candidate.name for function in functions for candidate in function.candidates}
     left, first, notes = functions, None, []
@@ -180,9 +200,8 @@ def _left_out(module: nn.Module) -> list[str]:
     return [f"proposals, box decoding and non-maximum suppression depend on values and are left out: this is the {kept}"]
 
 
-def _agrees(candidate: Candidate, arch_args: Mapping[str, Any]) -> bool:
-    """Whether arguments that the user gives are those of a candidate, where it has such."""
-    return all(arch_args[key] == value for key, value in candidate.arguments.items() if key in arch_args)
+def _has(candidate: Candidate, arguments: Mapping[str, Any]) -> bool:
+    return all(key in candidate.arguments and candidate.arguments[key] == value for key, value in arguments.items())
 
 
 def _choices(functions: Sequence[Function]) -> list[str]:
@@ -197,7 +216,7 @@ def _choices(functions: Sequence[Function]) -> list[str]:
 def _options(function: Function) -> str:
     """The options that build a function's first candidate."""
     candidate = function.candidates[0]
-    return f"--arch {candidate.spec} {_words(function.arguments(candidate))}".rstrip()
+    return f"--arch {candidate.spec}{_appended(_words(function.arguments(candidate)))}"
 
 
 def _words(arguments: Mapping[str, Any]) -> str:

@@ -23,6 +23,9 @@ CHANNELS = 3  # of the networks in the table
 # Arguments that every use of a constructor needs and that change nothing in what it computes.
 SILENT_ARGUMENTS = ("weights_backbone", "init_weights", "model")
 
+# Heads that help to train. Who changes the number of classes often leaves these as they were.
+AUXILIARY_HEADS = ("aux_classifier", "AuxLogits", "aux1", "aux2")
+
 # Names in files that torchvision itself renames while it loads them: (regular expression, name in the network).
 RENAMED = (
     (re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))"), r"\1\2"),
@@ -45,6 +48,11 @@ class Dimension:
             return None
         count, rest = divmod(shape[self.axis] - self.offset, self.factor)
         return count if not rest and count > 0 else None
+
+    @property
+    def auxiliary_head(self) -> str:
+        """The auxiliary head that it is of, if it is of one."""
+        return next((each for each in AUXILIARY_HEADS if self.key.startswith(f"{each}.")), "")
 
 
 Relation = tuple[Dimension, ...]
@@ -196,7 +204,7 @@ class Table:
     def _rows(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[Row, int | None]]:
         """Rows with the fingerprint, and the number of classes of each."""
         for relation in self.relations:
-            count = solve(relation, shapes)
+            count = classes(relation, shapes)
             if relation and count is None:
                 continue
             row = self.rows.get(fingerprint(shapes, relation))
@@ -222,6 +230,15 @@ def solve(relation: Relation, shapes: Mapping[str, Shape]) -> int | None:
     """The count that every dimension of the relation agrees on, None where they do not."""
     counts = {dimension.count(shapes) for dimension in relation}
     return counts.pop() if len(counts) == 1 else None
+
+
+def classes(relation: Relation, shapes: Mapping[str, Shape]) -> int | None:
+    """The number of classes, as `solve` finds it; auxiliary heads may have one of their own."""
+    heads: dict[str, list[Dimension]] = {}
+    for dimension in relation:
+        heads.setdefault(dimension.auxiliary_head, []).append(dimension)
+    counts = {name: solve(tuple(dimensions), shapes) for name, dimensions in heads.items()}
+    return None if None in counts.values() else counts.get("")
 
 
 def with_count(shapes: Mapping[str, Shape], relation: Relation, count: int) -> dict[str, Shape]:

@@ -67,7 +67,7 @@ def test_names_of_old_densenets(tmp_path):
 def test_auxiliary_heads(aux, tmp_path):
     theirs = network("torchvision", "inception_v3", num_classes=6, aux_logits=aux)
     found = recognise(save(tmp_path, theirs), arch_args={"transform_input": False})
-    assert same_outputs(found.module, theirs, (3, 299, 299))
+    assert same_outputs(found.module, theirs, (3, 96, 96))
     segments = network("torchvision", "fcn_resnet50", weights_backbone=None, aux_loss=aux, num_classes=2)
     outputs = recognise(save(tmp_path, segments)).module(torch.zeros(1, 3, 64, 64))
     assert list(outputs) == (["out", "aux"] if aux else ["out"])

@@ -154,6 +154,15 @@ def test_a_published_file_is_known_by_its_checksum(plain, tmp_path, monkeypatch)
     assert not any("differ" in each for each in found.notes)
 
 
+@pytest.mark.parametrize("transform", [True, False])
+def test_arguments_that_only_one_package_has(transform, tmp_path):
+    """timm's Inception v3 is torchvision's with ``transform_input=False``, and takes no such argument."""
+    theirs = network("torchvision", "inception_v3", num_classes=2, aux_logits=False, transform_input=transform)
+    found = recognise(save(tmp_path, theirs), arch_args={"transform_input": transform})
+    assert found.description == "inception_v3 of torchvision, 2 classes"
+    assert same_outputs(found.module, theirs, (3, 96, 96))
+
+
 def test_what_the_file_says_and_its_shapes_do_not_is_noted(plain, tmp_path):
     for said in ("resnet101", "house_net"):
         found = recognise(save(tmp_path, plain, arch=said))

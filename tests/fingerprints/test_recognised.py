@@ -27,7 +27,6 @@ UNIQUE = [
     ("torchvision", "fcn_resnet50", {**SEGMENTATION, "num_classes": 5}, {"input_size": (3, 520, 520), **NORMALISED}, 64),
     ("torchvision", "deeplabv3_resnet50", {**SEGMENTATION, "aux_loss": True}, {"input_size": (3, 520, 520)}, 64),
     ("torchvision", "lraspp_mobilenet_v3_large", {**SEGMENTATION, "num_classes": 3}, {"input_size": (3, 520, 520)}, 64),
-    ("timm", "vgg11_bn", {"num_classes": 7}, {"input_size": (3, 224, 224), **NORMALISED}, 224),
     ("timm", "resnet18d", {"num_classes": 9}, {"interpolation": "bicubic", **NORMALISED}, 64),
     ("timm", "seresnet50", {"num_classes": 3}, {"interpolation": "bicubic", **NORMALISED}, 64),
     ("timm", "regnety_002", {"num_classes": 4}, {"interpolation": "bicubic", **NORMALISED}, 64),
@@ -36,7 +35,7 @@ UNIQUE = [
     ("timm", "mobileone_s0", {"num_classes": 5}, {"crop_pct": 0.875}, 64),
     ("timm", "convnext_atto", {"num_classes": 4}, {"interpolation": "bicubic", **NORMALISED}, 64),
     ("timm", "dla34", {"num_classes": 3}, {"interpolation": "bilinear"}, 64),
-    ("timm", "hrnet_w18_small", {"num_classes": 3}, {"interpolation": "bilinear"}, 64),
+    ("timm", "hrnet_w18_small", {"num_classes": 3}, {"input_size": (3, 224, 224), **NORMALISED}, 64),
     ("timm", "coatnet_nano_rw_224", {"num_classes": 6}, {"input_size": (3, 224, 224), **HALVES}, 224),
 ]
 
@@ -45,11 +44,12 @@ UNIQUE = [
 def test_a_state_dict_alone(package, name, arguments, expected, size, tmp_path):
     theirs = network(package, name, **arguments)
     found = recognise(save(tmp_path, theirs))
-    assert same_outputs(found.module, theirs, (3, size, size)) and not found.module.training
+    of_zoo = any(family.recognises(theirs.state_dict()) for family in zoo.FAMILIES)  # may add in another order
+    assert same_outputs(found.module, theirs, (3, size, size), rtol=1e-12 if of_zoo else 0.0) and not found.module.training
     assert found.preprocessing.items() >= expected.items()
     classes = arguments.get("num_classes", 21 if package == "torchvision" and "weights_backbone" in arguments else 1000)
     assert found.num_classes == found.preprocessing["num_classes"] == classes
     assert found.input_shapes == ((1, *found.preprocessing["input_size"]),)
-    if not any(family.recognises(theirs.state_dict()) for family in zoo.FAMILIES):
+    if not of_zoo:
         assert (found.name, found.description) == (name, f"{name} of {package}, {classes} classes")
         assert f"keys and their shapes are those of {package}'s {name}" in found.reason

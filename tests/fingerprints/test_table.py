@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
+import json
 import sys
 from collections import Counter
 from importlib import resources
@@ -13,12 +15,13 @@ import pytest
 from torch import nn
 
 from foldexport import zoo
-from foldexport.fingerprints.data import table
+from foldexport.fingerprints.data import parsed, table
 from foldexport.fingerprints.table import Candidate, Dimension, fingerprint, solve, with_count
 from tests.fingerprints.networks import network, same_outputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import fingerprint_functions
+import fingerprint_networks
 import fingerprints as tool
 
 KIB = 1024
@@ -81,6 +84,40 @@ def test_functions_of_the_table_are_those_of_the_networks(specs, functions):
     row = row_of(specs[0])
     placed = [next(place for place, each in enumerate(row.functions) if candidate in each) for candidate in candidates]
     assert [sorted(Counter(placed).values())] == [sorted(map(len, found))]
+
+
+def test_the_generator_writes_what_is_shipped():
+    names = ("squeezenet1_1", "mnasnet0_5", "lcnet_050", "tinynet_e")
+    every = itertools.chain(fingerprint_networks.of_torchvision(), fingerprint_networks.of_timm())
+    offers = [each for each in every if each.name in names]
+    groups: dict[str, tool.Group] = {}
+    complaints: list[str] = []
+    for offer in offers:
+        for candidate in offer.variants:
+            tool.add(offer, candidate, groups, complaints)
+    made = parsed(json.loads(tool.lines(tool.document(groups, offers, complaints))))
+    assert not complaints and len(made.rows) == len(names)
+    assert made.rows == {key: table().rows[key] for key in made.rows}
+    assert made.headless == {key: table().headless[key] for key in made.headless}
+    for package, networks in made.published.items():
+        assert networks == {name: table().published[package][name] for name in networks}
+    assert made.files.items() <= table().files.items()
+
+
+def test_what_was_settled_before_may_be_kept(monkeypatch):
+    key, row = next((key, row) for key, row in table().rows.items() if len(row.functions) > 1)
+    candidates = [each for members in row.functions for each in members]
+
+    def planted(*arguments, **counts):
+        raise LookupError("ran")
+
+    monkeypatch.setattr(tool, "functions", planted)
+    kept, zoo_place, doubts = tool.settle(key, tool.Group(row.relation, {}, candidates=candidates), table())
+    assert (tuple(map(tuple, kept)), zoo_place, doubts) == (row.functions, row.zoo, [])
+    other = [*candidates[1:], Candidate("timm.models:new")]
+    for others, known in ((candidates[1:], table()), (other, table()), (candidates, None)):
+        with pytest.raises(LookupError):
+            tool.settle(key, tool.Group(row.relation, {}, candidates=others), known)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "wide_resnet50_2"])
