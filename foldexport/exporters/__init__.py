@@ -26,6 +26,8 @@ class Format:
     extra: of ``pip install 'foldexport[extra]'``; empty for core formats.
     packages: import names that writing and running the format need.
     runtime: distribution whose version the comparison reports.
+    probe: ``"module:function"`` that says (runtime, version, remark) where packages alone do not tell.
+    fixed_by_default: its files take the example's sizes only, unless the user says which others.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Format:
     packages: tuple[str, ...] = ()
     runtime: str = ""
     description: str = ""
+    probe: str = ""
+    fixed_by_default: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,12 +57,16 @@ class Format:
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a format works on this machine: ``reason`` is empty where it does, else why not and what to do."""
+    """Whether a format works on this machine: ``reason`` is why not and what to do, or what does not work here.
+
+    runtime: its name, where it is not the distribution of the format.
+    """
 
     format: Format
     works: bool
     version: str
     reason: str
+    runtime: str = ""
 
 
 FORMATS: dict[str, Format] = {
@@ -81,6 +89,17 @@ FORMATS: dict[str, Format] = {
             packages=("torch",),
             runtime="torch",
             description="TorchScript archive, run by torch.jit or libtorch",
+        ),
+        Format(
+            name="tensorrt",
+            target="foldexport.exporters.tensorrt.exporter:TensorRTExporter",
+            suffix=".engine",
+            aliases=("trt", "engine"),
+            extra="tensorrt-rtx",
+            packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
+            description="TensorRT or TensorRT-RTX engine, for NVIDIA GPUs",
+            probe="foldexport.exporters.tensorrt.flavour:status",
+            fixed_by_default=True,
         ),
     )
 }
@@ -143,7 +162,11 @@ def _status(row: Format) -> Status:
     missing = row.missing()
     if missing:
         return Status(row, False, "", _missing_message(row, missing))
-    return Status(row, True, _version(row.runtime), "")
+    if not row.probe:
+        return Status(row, True, _version(row.runtime), "")
+    module, _, name = row.probe.partition(":")
+    runtime, version, remark = getattr(importlib.import_module(module), name)()
+    return Status(row, bool(runtime), version, remark, runtime)
 
 
 def _missing_message(row: Format, missing: list[str]) -> str:

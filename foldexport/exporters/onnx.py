@@ -6,11 +6,13 @@ described in ONNX's own IR, ExternalData and VersionConverter documents.
 
 from __future__ import annotations
 
+import ast
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import onnx_model, sizes
-from foldexport.exporters.options import ExportOptions
+from foldexport.exporters import onnx_model, onnx_types, sizes
+from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 
 EXTERNAL_DATA_ABOVE_BYTES = 2**31 - 2**25  # protobuf's limit, less room for the graph
@@ -53,10 +56,11 @@ class OnnxExporter:
                  default: same weights as the module and same outputs as the plain file on the example.
 
         Returns notes for the manifest. Raises :class:`UsageError` when the network cannot be written as asked (opset,
-        free axes, operators), :class:`PrecisionError` for another precision than fp32.
+        free axes, operators), :class:`PrecisionError` for another precision than fp32, fp16 and bf16.
         """
         options = options or ExportOptions()
-        options.require_precision(self.name)
+        options.require_precision(self.name, FLOATS)
+        options = _with_opset(options)
         onnx_model.require_known_opset(options.opset)
         sizes.require_free_axes(module, example, options)
         path = Path(path)
@@ -72,9 +76,14 @@ class OnnxExporter:
             notes["onnxsim"] = "not run: the weights lie in a file of their own"
         else:
             proto = _write_single(model, path, options)
+        if options.precision == "bf16":
+            notes["onnxsim"] = "not run: it folds constants with onnxruntime, which has no bfloat16"
+        elif "onnxsim" not in notes:
             judge = accept or (lambda simplified: _same_as_plain(simplified, proto, module, example))
             proto, notes["onnxsim"] = _simplify(proto, path, judge)
         _require_free(proto, example, options)
+        if options.precision == "bf16":
+            notes["run"] = "onnxruntime's CPU has no bfloat16 convolution: operators in float32, each result rounded to bfloat16"
         return notes | {
             "opset": onnx_model.opset(proto),
             "ir_version": proto.ir_version,
@@ -101,6 +110,10 @@ class OnnxExporter:
             if value.const_value is not None
         }
 
+    def precision_of(self, path: str | Path) -> dict[str, int]:
+        """Convolutions and matrix products of the file by the type that they compute in."""
+        return onnx_types.layers_by_type(path)
+
     def runtime(self) -> str:
         """The runtime and its version, "onnxruntime 1.31.1"."""
         import onnxruntime
@@ -122,6 +135,15 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _with_opset(options: ExportOptions) -> ExportOptions:
+    """bfloat16 needs the opset whose operators take it. Raises UsageError where an older one was asked for."""
+    if options.precision != "bf16":
+        return options
+    if options.opset is not None and options.opset < onnx_types.OLDEST_BFLOAT16:
+        raise UsageError(f"--opset {options.opset}: ONNX has bf16 convolutions from opset {onnx_types.OLDEST_BFLOAT16} on.")
+    return replace(options, opset=options.opset or onnx_types.OLDEST_BFLOAT16)
 
 
 def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir.Model:
@@ -147,6 +169,17 @@ def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir
             ) from error
         raise UsageError(f"onnx: torch.onnx cannot write this network: {cause}") from error
     return program.model
+
+
+def scopes(module: nn.Module, example: tuple, options: ExportOptions) -> dict[str, tuple[str, str, str]]:
+    """Where each node comes from, as torch.onnx notes it: node name → (module path, value, ATen operator), for messages."""
+    found = {}
+    for node in _graph(module, sizes.traceable(example, options), options).graph:
+        notes = [node.metadata_props.get(f"pkg.torch.onnx.{key}", "[]") for key in ("name_scopes", "class_hierarchy")]
+        names, kinds = (ast.literal_eval(note) for note in notes)
+        if len(names) >= 2 and kinds:
+            found[node.name] = (names[-2], names[-1], kinds[-1])
+    return found
 
 
 def _root_cause(error: BaseException) -> str:
@@ -250,6 +283,7 @@ def _session(source: str | bytes, optimise: bool, threads: int) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 3
+    source = _runnable(source)
     levels = onnxruntime.GraphOptimizationLevel
     settings.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     try:
@@ -257,6 +291,19 @@ def _session(source: str | bytes, optimise: bool, threads: int) -> Any:
     except Exception as error:  # onnxruntime's exceptions share no other base class
         reason = str(error).strip().splitlines()[0]
         raise EquivalenceError(f"onnx: onnxruntime {onnxruntime.__version__} refuses the file: {reason}") from error
+
+
+def _runnable(source: str | bytes) -> str | bytes:
+    """The file itself, or what stands for it in memory where it is in bfloat16, which onnxruntime's CPU lacks."""
+    held = isinstance(source, bytes)
+    try:
+        model = onnx.load_from_string(source) if held else onnx.load(source, load_external_data=False)
+    except DecodeError:
+        return source  # onnxruntime says what is wrong with it
+    if not onnx_types.has_bfloat16(model):
+        return source
+    whole = model if held else onnx.load(source)
+    return onnx_types.runnable(whole).SerializeToString()
 
 
 def _session_call(session: Any) -> Callable[..., list[np.ndarray]]:

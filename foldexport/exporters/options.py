@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from foldexport.errors import PrecisionError, UsageError
 
+if TYPE_CHECKING:
+    from foldexport.exporters.tensorrt.options import TensorRTOptions
+    from foldexport.exporters.tensorrt.profile import Profile
+
 AXES = ("batch", "height", "width")
+FLOATS = ("fp32", "fp16", "bf16")  # what a writer of modules as they are can write
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,9 @@ class ExportOptions:
     opset:     of ONNX; None for the exporter's own default.
     dynamic:   axes whose length the artifact leaves free: any of ``batch`` (axis 0), ``height`` and ``width`` (the last
                two axes of inputs of four or more); empty for fixed sizes.
-    precision: of weights and arithmetic in the artifact.
+    precision: of weights and arithmetic in the artifact; the module that an exporter is given is in it already.
+    half_io: inputs and outputs are in that precision too.
+    tensorrt, profile: how an engine is built, and the shapes that it takes; for tensorrt only.
     """
 
     input_names: tuple[str, ...] | None = None
@@ -26,6 +34,9 @@ class ExportOptions:
     opset: int | None = None
     dynamic: tuple[str, ...] = ("batch",)
     precision: str = "fp32"
+    half_io: bool = False
+    tensorrt: TensorRTOptions | None = None
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         unknown = [axis for axis in self.dynamic if axis not in AXES]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from torch.utils import _pytree as pytree
 
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.exporters import archive, sizes
-from foldexport.exporters.options import ExportOptions
+from foldexport.exporters.options import FLOATS, ExportOptions
+from foldexport.exporters.weights import as_array
+
+PRODUCTS = frozenset({"aten::_convolution", "aten::convolution", "aten::linear", "aten::addmm", "aten::matmul"} | {
+    f"aten::conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)
+})  # fmt: skip
 
 
 class TorchScriptExporter:
@@ -37,10 +43,10 @@ class TorchScriptExporter:
         has positional inputs and outputs; the asked names go into the notes.
 
         Returns notes for the manifest. Raises :class:`UsageError` when the module cannot be traced, and
-        :class:`PrecisionError` for another precision than fp32.
+        :class:`PrecisionError` for another precision than fp32, fp16 and bf16.
         """
         options = options or ExportOptions()
-        options.require_precision(self.name)
+        options.require_precision(self.name, FLOATS)
         sizes.require_free_axes(module, example, options)
         example = sizes.traceable(example, options)
         _require_tensors(example)
@@ -81,11 +87,36 @@ class TorchScriptExporter:
         state = dict(loaded.named_parameters(remove_duplicate=False)) | dict(
             loaded.named_buffers(remove_duplicate=False)
         )
-        return {name: value.numpy(force=True) for name, value in state.items()}
+        return {name: as_array(value) for name, value in state.items()}
+
+    def precision_of(self, path: str | Path) -> dict[str, int]:
+        """Convolutions and linear layers of the archive by the type of their weight, which is what torch computes them in.
+
+        Those whose weight is computed while running are "unknown": the types that a trace stores are gone from the file.
+        """
+        loaded = _load(path)
+        counts: Counter[str] = Counter()
+        for node in loaded.inlined_graph.nodes():
+            if node.kind() in PRODUCTS:
+                weight = _stored(loaded, list(node.inputs())[1])
+                counts[str(weight.dtype).removeprefix("torch.") if weight is not None else "unknown"] += 1
+        return dict(counts)
 
     def runtime(self) -> str:
         """The runtime and its version, "torch.jit 2.13.0"."""
         return f"torch.jit {torch.__version__}"
+
+
+def _stored(module: torch.jit.ScriptModule, value: Any) -> Tensor | None:
+    """The tensor that ``module.a.b.weight`` names in a graph; None where the value is computed."""
+    names: list[str] = []
+    while value.node().kind() == "prim::GetAttr":
+        names.append(value.node().s("name"))
+        value = next(value.node().inputs())
+    found: Any = module
+    for name in reversed(names):
+        found = getattr(found, name)
+    return found if isinstance(found, Tensor) else None
 
 
 def _require_tensors(example: tuple) -> None:

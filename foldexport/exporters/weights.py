@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 
@@ -51,9 +52,18 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     missing = []
     for name, value in expected.items():
         allowed = {digests[name]} if name in digests else everything
-        if not any(_digest(order) in allowed for order in _orders(value.numpy(force=True))):
+        if not any(_digest(order) in allowed for order in _orders(as_array(value))):
             missing.append(name)
     return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The tensor's bits as numpy holds them; bfloat16, which numpy lacks, in the type that onnx gives it."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy(force=True)
+    import ml_dtypes  # comes with onnx
+
+    return tensor.detach().cpu().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
 
 
 def _orders(value: np.ndarray) -> Iterator[np.ndarray]:

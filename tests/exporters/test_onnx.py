@@ -278,8 +278,8 @@ def test_onnxsim_is_kept_only_where_it_removes_something_and_is_accepted(chain_f
 
 
 def test_other_precision_is_refused(tmp_path):
-    with pytest.raises(PrecisionError, match="not bf16"):
-        EXPORTER.export(networks.chain(4), EXAMPLE, tmp_path / "net.onnx", ExportOptions(precision="bf16"))
+    with pytest.raises(PrecisionError, match="not int4"):
+        EXPORTER.export(networks.chain(4), EXAMPLE, tmp_path / "net.onnx", ExportOptions(precision="int4"))
 
 
 def test_operator_that_torch_onnx_does_not_know(tmp_path):
