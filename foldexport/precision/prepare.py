@@ -1,0 +1,244 @@
+"""A folded network in a half type: measured, rescaled, proved, and rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from foldexport import probes as drawn
+from foldexport.certify.rounding import REFUSE, Rounding, rounding
+from foldexport.errors import EquivalenceError, PrecisionError
+from foldexport.interpret import outputs
+from foldexport.precision.emulate import folded_run, own_run
+from foldexport.precision.groups import groups_of
+from foldexport.precision.half import PlainHalf, in_half
+from foldexport.precision.ranges import Misfit, Size, Sizes, exponents, measure, misfits
+from foldexport.precision.readback import MULTIPLIERS, Delivered, require_delivered
+from foldexport.precision.scales import factors, prove, rescaled
+from foldexport.precision.types import NumberType
+
+if TYPE_CHECKING:
+    from foldexport.fold.rebuild import Program
+    from foldexport.trace import Graph
+
+
+@dataclass(eq=False)
+class RangeReport:
+    """What the type would not have held, and what was done about it.
+
+    before: tensors of the folded network that overflow or vanish in the type as they are, by the user's layer.
+    rescaled: groups of values that were given another scale; exponents: the smallest and the largest power of two.
+    compared: values of the rescaled program that have the same bits as before, but for the exponent.
+    single: layers that stay in float32, and why. layers: convolutions and linear layers, all and in the half type.
+    """
+
+    precision: str
+    before: list[dict[str, Any]] = field(default_factory=list)
+    rescaled: int = 0
+    exponents: tuple[int, int] = (0, 0)
+    compared: int = 0
+    single: dict[str, str] = field(default_factory=dict)
+    layers: tuple[int, int] = (0, 0)
+    largest: tuple[float, float] = (0.0, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "precision": self.precision, "misfits_before": self.before, "groups_rescaled": self.rescaled,
+            "exponents": list(self.exponents), "values_proved": self.compared, "float32_layers": self.single,
+            "layers": self.layers[0], "layers_in_type": self.layers[1], "largest_weight": self.largest[0],
+            "largest_activation": self.largest[1],
+        }  # fmt: skip
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What is exported, and by what it is judged.
+
+    module: floating inputs and outputs in float32, layers in the type. rounding: the training graph's own error in that type,
+    and the module's in its multiples. low: the training graph in that type, ``inputs → outputs``.
+    """
+
+    module: nn.Module
+    kind: NumberType
+    rounding: Rounding
+    low: Callable[[tuple], list[Any]]
+    report: RangeReport
+
+    half_io: bool = False
+
+    @property
+    def levels(self) -> list[float]:
+        return self.rounding.levels
+
+    @property
+    def unit(self) -> dict[str, Any]:
+        """What the reference needs to know: whose noise the unit is, how it was measured, what artifacts are fed."""
+        return {"unit": self.kind.name, "low": self.low, "dtype": self.kind.dtype if self.half_io else torch.float32}
+
+    def given(self, example: tuple) -> tuple:
+        """The example as the module takes it."""
+        dtype = self.kind.dtype if self.half_io else torch.float32
+        return tuple(each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in example)
+
+    def require_delivered(self, exporter: Any, path: str | Path) -> Delivered:
+        """What the file is really in. Raises PrecisionError where that is not what was asked."""
+        return require_delivered(exporter, path, self.module, self.kind.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.report.to_dict(), "rounding": self.rounding.to_dict()}
+
+
+@torch.no_grad()
+def prepare(
+    graph: Graph,
+    program: Program | None,
+    kind: NumberType,
+    *,
+    module: nn.Module | None = None,
+    inputs: Sequence[tuple] = (),
+    data: Sequence[Any] = (),
+    seed: int = 0,
+    half_io: bool = False,
+    rescale: bool = True,
+) -> Prepared:
+    """Bring a folded network into ``kind``.
+
+    program: the folded network in float64; without one, ``module`` is taken as it is. inputs: on which ranges are measured, in
+    float64; drawn where there are none. data: the user's own, one array per input. rescale: use the freedom
+    of scale (foldexport.precision.groups).
+
+    Raises PrecisionError where nothing of the network fits, EquivalenceError where the result is further from the training graph
+    than eight times that graph's own error in the type.
+    """
+    noise = drawn.noise_probes(graph, seed=seed)
+    low = own_run(graph, kind)
+    if program is None:
+        return _plain(graph, module, kind, noise, low, half_io)
+    inputs = [*(inputs or _finite(graph, seed)), *(probe.inputs for probe in noise[:1]), *_users(graph, data)]
+    sizes = measure(program.module, inputs)
+    before = misfits(program.module, sizes, inputs, kind)
+    changed, scaled, report = program.module, sizes, RangeReport(kind.name)
+    if rescale:
+        changed, scaled = _rescale(program.module, sizes, inputs[0], kind, report)
+    after = misfits(changed, scaled, inputs, kind) if report.rescaled else before
+    single = _single(changed, after, scaled.shapes)
+    _describe(report, program, changed, scaled, before, after, single, kind)
+    if report.layers[0] and not report.layers[1]:
+        first = next(iter(report.single.items()))
+        raise PrecisionError(f"{kind.name}: no layer of the network fits ({first[0]}: {first[1]}); ask for bf16 or fp32.")
+    run = folded_run(changed, scaled.shapes, kind, single)
+    found = rounding(graph, {"folded": run}, noise, kind.dtype, low=low)
+    _require(found, kind)
+    return Prepared(in_half(changed, scaled.shapes, kind, single, half_io=half_io), kind, found, low, report, half_io)
+
+
+def _finite(graph: Graph, seed: int) -> list[tuple]:
+    """The certificate's probes, for a network that has no certificate: those on which the training graph is finite."""
+    found = []
+    for probe in drawn.make(graph, seed=seed):
+        if not probe.optional:
+            values = [each for each in outputs(graph, probe.inputs) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+            if all(bool(each.isfinite().all()) for each in values):
+                found.append(probe.inputs)
+    return found
+
+
+def _users(graph: Graph, data: Sequence[Any]) -> list[tuple]:
+    """The user's own samples, all of them."""
+    from foldexport.verify.reference import chunks
+
+    return chunks(graph, data) if len(data) else []
+
+
+def _rescale(
+    module: fx.GraphModule, sizes: Sizes, inputs: tuple, kind: NumberType, report: RangeReport
+) -> tuple[fx.GraphModule, Sizes]:
+    groups = groups_of(module, sizes.shapes)
+    chosen = exponents(module, groups, sizes, kind)
+    if not chosen:
+        return module, sizes
+    scales = {root: 2.0**exponent for root, exponent in chosen.items()}
+    changed = rescaled(module, groups, scales)
+    report.compared = prove(module, changed, groups, scales, inputs)
+    report.rescaled, report.exponents = len(chosen), (min(chosen.values()), max(chosen.values()))
+    scaled = Sizes(shapes=sizes.shapes)
+    for node in groups.slots:
+        size = sizes.activations.get(node.name)
+        if size is not None:
+            factor = float(factors(groups, node, scales)[0])
+            scaled.activations[node.name] = Size(size.peak * factor, size.rms * factor)
+    return changed, scaled
+
+
+def _single(module: fx.GraphModule, found: Sequence[Misfit], real) -> dict[str, Misfit]:
+    """Which operators stay in float32: those that hold or make what does not fit, and those that read it."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    single: dict[str, Misfit] = {}
+    for misfit in found:
+        node = nodes[misfit.node]
+        if node.op in ("call_module", "call_function"):
+            single.setdefault(node.name, misfit)
+        if misfit.what in ("activation", "constant"):
+            for user in node.users:
+                if user.op in ("call_module", "call_function") and (user.name in real or user.users):
+                    single.setdefault(user.name, misfit)
+    return single
+
+
+def _describe(
+    report: RangeReport, program: Program, changed: fx.GraphModule, sizes: Sizes, before: list[Misfit], after: list[Misfit],
+    single: dict[str, Misfit], kind: NumberType,
+) -> None:  # fmt: skip
+    label = lambda name: program.labels.get(name) or name  # noqa: E731
+    report.before = [
+        {"layer": label(each.node), "what": each.what, "problem": each.problem, "found": each.found} for each in before
+    ]
+    for name, misfit in single.items():
+        of = "" if label(misfit.node) == label(name) else f" of {label(misfit.node)}"
+        reaches = f"reaches {misfit.found:.3g} of {kind.largest:.3g}"
+        how = reaches if misfit.problem == "overflows" else f"loses {misfit.found:.0f} roundoffs"
+        report.single.setdefault(label(name), f"{misfit.what}{of} {misfit.problem} ({how})")
+    multiply = [
+        node for node in changed.graph.nodes
+        if node.op == "call_module" and isinstance(changed.get_submodule(node.target), MULTIPLIERS)
+    ]  # fmt: skip
+    report.layers = (len(multiply), sum(node.name not in single for node in multiply))
+    weights = [float(each.abs().nan_to_num(0.0, 0.0, 0.0).max()) for each in changed.parameters() if each.numel()]
+    report.largest = (max(weights, default=0.0), max((size.peak for size in sizes.activations.values()), default=0.0))
+
+
+def _require(found: Rounding, kind: NumberType) -> None:
+    multiple = found.multiples["folded"].multiple
+    if multiple is not None and not multiple <= REFUSE:
+        raise EquivalenceError(
+            f"{kind.name}: the folded network's error is {multiple:.1f} times the training graph's own {kind.name} noise "
+            f"({REFUSE:g} allowed); ask for fp32 or, if it is a matter of range, bf16."
+        )
+
+
+def _plain(graph: Graph, module: nn.Module, kind: NumberType, noise, low, half_io: bool) -> Prepared:
+    """A network that is not folded, in the type as it stands."""
+    held = PlainHalf(module, kind.dtype, kind.dtype if half_io else torch.float32, len(graph.input_names)).eval()
+
+    def run(inputs: tuple) -> list[Any]:
+        given = [each.float() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in inputs]
+        return torch.utils._pytree.tree_leaves(held(*given))
+
+    try:
+        found = rounding(graph, {"folded": run}, noise, kind.dtype, low=low)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise PrecisionError(f"{kind.name}: the unfolded network does not run in it ({reason}); leave out --no-fold.") from error
+    multiple = found.multiples["folded"].multiple
+    if multiple is not None and not multiple <= REFUSE:
+        raise PrecisionError(
+            f"{kind.name}: the unfolded network itself is off by {found.multiples['folded'].error:.2g} of its peak in it "
+            "(it overflows or vanishes): leave out --no-fold, or ask for bf16."
+        )
+    layers = sum(isinstance(each, MULTIPLIERS) for each in held.modules())
+    return Prepared(held, kind, found, low, RangeReport(kind.name, layers=(layers, layers)), half_io)
