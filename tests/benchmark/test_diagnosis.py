@@ -1,0 +1,54 @@
+"""What is wrong with samples is said, and nothing of samples that are well."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from foldexport.benchmark import diagnosis
+
+
+def samples(processes=6, rounds=100):
+    generator = np.random.default_rng(1)
+    return [2.0 * np.exp(0.01 * generator.normal(size=rounds)) for _ in range(processes)]
+
+
+def test_nothing_is_said_of_good_samples():
+    assert diagnosis.findings("folded", samples()) == []
+
+
+def late(each):
+    return np.where(np.arange(len(each)) % 20 == 0, 5 * each, each)
+
+
+def levels(each):
+    return np.where(np.arange(len(each)) % 3 == 0, 1.3 * each, each)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda all_: [late(each) for each in all_], "net: 5 % of the runs took more than 1.5 times the median"),
+        (lambda all_: [levels(each) for each in all_], "net: two levels, 34 % of the runs 30 % slower than the others"),
+        (lambda all_: [each * (1 + 0.05 * i) for i, each in enumerate(all_)], "lie 25 % apart, later ones slower"),
+        (lambda all_: [each * (2 - 0.1 * i) for i, each in enumerate(all_)], "apart, later ones faster"),
+        (lambda all_: [each * (1, 1.2)[i % 2] for i, each in enumerate(all_)], "apart, in no order"),
+        (lambda all_: [each * np.linspace(1, 1.3, len(each)) for each in all_], "net: latency rose by"),
+        (lambda all_: [each * np.linspace(1.3, 1, len(each)) for each in all_], "net: latency fell by"),
+    ],
+    ids=["late", "levels", "slower", "faster", "no order", "rose", "fell"],
+)
+def test_what_is_wrong_is_named(spoil, said):
+    assert any(said in line for line in diagnosis.findings("net", spoil(samples())))
+
+
+def test_a_handful_of_runs_shows_no_levels_and_no_drift():
+    assert diagnosis.two_levels(np.array([1.0, 1.0, 2.0, 2.0])) is None
+    assert diagnosis.findings("net", [np.array([1.0, 1.1, 1.2])] * 3) == []
+
+
+def test_clocks_and_load_are_told_where_they_matter():
+    assert diagnosis.clock_findings([[3000.0, 3010.0], [2990.0, 3000.0]]) == [] == diagnosis.clock_findings([[]])
+    assert diagnosis.clock_findings([[3000.0], [2000.0]]) == ["clocks between 2000 and 3000 MHz: fix them for closer intervals"]
+    assert diagnosis.load_findings(0.3, 2, 2) == [] == diagnosis.load_findings(None, 2, 1)
+    assert "load average 3.0 on 2 cores" in diagnosis.load_findings(3.0, 2, 1)[0]
