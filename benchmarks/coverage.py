@@ -22,6 +22,7 @@ from coverage_page import page
 
 HERE = Path(__file__).resolve().parent
 NETWORKS = HERE / "coverage_networks.json"
+RESTART_ABOVE_GIB = 3.0  # what a process once held, it keeps
 
 
 class Worker:
@@ -29,6 +30,7 @@ class Worker:
 
     def __init__(self, proof: bool) -> None:
         command = [sys.executable, str(HERE / "coverage_worker.py"), *([] if proof else ["--no-proof"])]
+        self.peak_gib = 0.0
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def measure(self, name: str, entry: dict, timeout: float) -> dict:
@@ -44,7 +46,9 @@ class Worker:
         overdue = not timer.is_alive()
         timer.cancel()
         if line:
-            return json.loads(line)
+            found = json.loads(line)
+            self.peak_gib = found.get("peak_gib", 0.0)
+            return found
         return {"outcome": "timeout" if overdue else f"died ({self._process.wait()})", "detail": ""}
 
     @property
@@ -59,6 +63,7 @@ class Worker:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="networks whose name matches")
+    parser.add_argument("--names", type=Path, help="a JSON list of names to measure, in this order")
     parser.add_argument("--again", action="store_true", help="measure what was measured")
     parser.add_argument("--no-proof", action="store_true", help="fold without the certificate")
     parser.add_argument("--timeout", type=float, default=600)
@@ -67,10 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else {}
     networks = json.loads(NETWORKS.read_text())
-    todo = [name for name in networks if re.search(args.only, name) and (args.again or name not in rows)]
+    asked = json.loads(args.names.read_text()) if args.names else list(networks)
+    todo = [name for name in asked if re.search(args.only, name) and (args.again or name not in rows)]
     worker = None
     for at, name in enumerate(todo, 1):
         worker = worker if worker is not None and worker.alive else Worker(not args.no_proof)
+        if worker.peak_gib > RESTART_ABOVE_GIB:
+            worker.close()
+            worker = Worker(not args.no_proof)
         rows[name] = {**worker.measure(name, networks[name], args.timeout), "family": networks[name]["family"]}
         print(f"{at}/{len(todo)} {name}: {rows[name]['outcome']} {rows[name].get('detail', '')[:200]}", file=sys.stderr, flush=True)
         ordered = {each: rows[each] for each in networks if each in rows}

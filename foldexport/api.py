@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
-from foldexport.errors import ModelError
+from foldexport.errors import ModelError, UsageError
 from foldexport.extremes import Extremes, extremes
 from foldexport.fold.chain import chain_graph
 from foldexport.fold.constants import Constants
@@ -22,14 +24,18 @@ from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.passes import FoldedGraph, fold_graph
 from foldexport.fold.pending import name_of
-from foldexport.fold.rebuild import Rebuilt, in_dtype, rebuild
+from foldexport.fold.rebuild import Program, Rebuilt, in_dtype, rebuild
 from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
-from foldexport.probes import make, noise_probes
+from foldexport.probes import further_noise_probes, make, noise_probes
 from foldexport.trace import Graph, trace
 
 if TYPE_CHECKING:
     from foldexport.artifact import Artifact
+    from foldexport.exporters.tensorrt.options import TensorRTOptions
+    from foldexport.exporters.tensorrt.profile import Profile
+    from foldexport.precision.prepare import Prepared
+    from foldexport.verify import Comparison
 
 RETRY_ABOVE = 8.0  # multiples of the network's own float32 noise above which the fold is tried with fewer absorptions
 #: Views of the same memory.
@@ -46,7 +52,8 @@ class Folded:
     ledger: what was folded and what was kept, and why. certificate: the proof, None when it was not asked for.
     extremes: the largest weight and activation of the folded network, None without a certificate.
     source, graph, example: the training graph's module, its trace (at a batch of two or more), and the user's inputs.
-    counts_before, counts_after: operators by kind. seconds: per stage.
+    counts_before, counts_after: operators by kind. seconds: per stage. refold: makes the folded network in float64 once more,
+    what half types are rounded from; a copy that always lay in memory would cost twice the network.
     """
 
     module: nn.Module
@@ -61,6 +68,7 @@ class Folded:
     counts_after: dict[str, int]
     extremes: Extremes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    refold: Callable[[], Program] | None = field(default=None, repr=False)
 
 
 def fold(
@@ -98,16 +106,16 @@ def fold(
     for max_sigma in (MAX_SIGMA, 0.0):
         tell("fold")
         with _timed(seconds, "fold"), torch.no_grad():
-            folded, rebuilt = _fold_without_growth(graph, max_sigma, before)
-            if chain:
-                folded = chain_graph(folded, max_sigma)
-                rebuilt = rebuild(folded)
+            folded, rebuilt = _fold_as_asked(graph, max_sigma, before, chain)
         certificate = largest = None
         if certify:
             with _timed(seconds, "certify"):
                 probes = make(graph, seed=seed, data=data)
                 noise = noise_probes(graph, seed=seed, first=probes[0])
-                certificate = prove(graph, rebuilt.program, probes, noise_probes=noise, module=module, progress=progress)
+                certificate = prove(
+                    graph, rebuilt.program, probes, noise_probes=noise, further_noise=further_noise_probes(graph, seed=seed),
+                    module=graph.module, progress=progress,
+                )  # fmt: skip
             certificate.require()
             largest = extremes(rebuilt.program, certificate.largest)
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
@@ -120,6 +128,7 @@ def fold(
         example=(example,) if isinstance(example, Tensor) else tuple(example),
         input_names=list(graph.input_names), output_names=_output_names(folded),
         counts_before=before, counts_after=rebuilt.counts, extremes=largest, seconds=seconds,
+        refold=partial(_program, graph, max_sigma, before, chain),
     )  # fmt: skip
 
 
@@ -155,36 +164,101 @@ def export(
     dynamic: Sequence[str] | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    precision: str = "fp32",
+    half_io: bool = False,
+    tensorrt: TensorRTOptions | None = None,
+    profile: Profile | None = None,
 ) -> Artifact:
     """Write a folded network to ``path``, run the file in its own runtime, and put it in place if it computes the same.
 
     format: "onnx", "torchscript" or an alias. opset: of ONNX. dynamic: axes left free, any of "batch", "height" and
-    "width"; by default the batch where the network allows it. The artifact is in float32 whatever the module is in.
+    "width"; by default the batch where the network allows it. The artifact is in ``precision`` whatever the module is in:
+    "fp32", "fp16" or "bf16", read back from the file. half_io: inputs and outputs are in fp16 too. tensorrt, profile: how an
+    engine is built and the shapes that it takes (foldexport.exporters.tensorrt), by default the example's only.
 
     Returns the artifact with its ``path`` and ``comparison``. Raises UsageError (an unknown format, an existing path,
-    what the format cannot write), MissingDependencyError, and EquivalenceError, with nothing written, where the proof
-    fails.
+    what the format cannot write), MissingDependencyError, PrecisionError (the file is not in the asked precision), and
+    EquivalenceError, with nothing written, where the proof fails.
     """
     from foldexport import artifact, exporters
     from foldexport.exporters.options import ExportOptions
     from foldexport.verify import require
     from foldexport.verify.reference import reference
 
-    exporter = exporters.exporter(exporters.get(format))
+    row = exporters.get(format)
+    exporter = exporters.exporter(row)
     artifact.check_destination(path, overwrite=overwrite)
-    free = ("batch",) if folded.graph.dynamic.get("batch") else ()
+    free = ("batch",) if folded.graph.dynamic.get("batch") and not row.fixed_by_default else ()
+    free = profile.free_axes() if profile is not None else free
     names = [None if given is None else tuple(given) for given in (input_names, output_names)]
-    options = ExportOptions(*names, opset=opset, dynamic=free if dynamic is None else tuple(dynamic))
-    module = in_dtype(folded.module, torch.float32)
-    example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
-    rounding = None if folded.certificate is None else folded.certificate.rounding
-    levels = None if rounding is None else rounding.levels
-    known = folded.certificate.references if folded.certificate else ()
-    expected = reference(folded.graph, example, options, levels=levels, seed=seed, known=known)
-    return artifact.write(
-        exporter, module, example, path, options,
-        prove=lambda file: require(expected.compare(exporter, file, module)), overwrite=overwrite,
+    options = ExportOptions(
+        *names, opset=opset, dynamic=free if dynamic is None else tuple(dynamic), precision=precision, half_io=half_io,
+        tensorrt=tensorrt, profile=profile,
     )  # fmt: skip
+    example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
+    known = folded.certificate.references if folded.certificate else ()
+    reduced = in_precision(folded, precision, seed=seed, half_io=half_io)
+    if reduced is not None:
+        module, levels, unit = reduced.module, reduced.levels, reduced.unit
+    else:
+        rounding = None if folded.certificate is None else folded.certificate.rounding
+        module, levels, unit = in_dtype(folded.module, torch.float32), None if rounding is None else rounding.levels, {}
+    points = ()
+    if profile is not None:
+        shapes = [tuple(value.shape) for value in example if isinstance(value, Tensor)]
+        profile.check(options.names("input", len(shapes)), shapes, options.dynamic)
+        points = profile.points()
+    expected = reference(folded.graph, example, options, levels=levels, seed=seed, known=known, points=points, **unit)
+
+    def proved(file: Path) -> Comparison:
+        if reduced is not None:
+            reduced.require_delivered(exporter, file)
+        return require(expected.compare(exporter, file, module))
+
+    given = reduced.given(example) if reduced is not None else example
+    expected.introduce(exporter, module)
+    return artifact.write(exporter, module, given, path, options, prove=proved, overwrite=overwrite)
+
+
+def in_precision(folded: Folded, precision: str, *, seed: int = 0, half_io: bool = False) -> Prepared | None:
+    """The folded network in "fp16" or "bf16", as it would be exported; None for "fp32".
+
+    Raises UsageError for another precision, and what :func:`foldexport.precision.prepare.prepare` raises.
+    """
+    from foldexport.precision.prepare import prepare
+    from foldexport.precision.types import HALF
+
+    if half_io and precision != "fp16":
+        raise UsageError(f"half_io: inputs and outputs can be in fp16 only, not {precision}")
+    if precision == "fp32":
+        return None
+    if precision not in HALF:
+        raise UsageError(f"precision {precision!r}: wanted 'fp32', {', '.join(map(repr, HALF))}")
+    program = folded.refold() if folded.refold is not None else None
+    if program is not None and not _rounds_to(program.module, folded.module):
+        raise UsageError(f"the folded module's weights have changed since the fold: fold again to export it in {precision}")
+    inputs = [inputs for inputs, _ in folded.certificate.references] if folded.certificate else ()
+    return prepare(folded.graph, program, HALF[precision], module=folded.module, inputs=inputs, seed=seed, half_io=half_io)
+
+
+def _rounds_to(exact: nn.Module, module: nn.Module) -> bool:
+    """Whether every weight of ``module`` is one of ``exact`` rounded to its type, whatever their names."""
+    dtypes = {each.dtype for each in module.parameters()}
+    known = {(dtype, _digest(each.detach().to(dtype))) for each in exact.parameters() for dtype in dtypes}
+    return all((each.dtype, _digest(each.detach())) in known for each in module.parameters())
+
+
+def _fold_as_asked(graph: Graph, max_sigma: float, before: dict[str, int], chain: bool) -> tuple[FoldedGraph, Rebuilt]:
+    folded, rebuilt = _fold_without_growth(graph, max_sigma, before)
+    if chain:
+        folded = chain_graph(folded, max_sigma)
+        rebuilt = rebuild(folded)
+    return folded, rebuilt
+
+
+def _program(graph: Graph, max_sigma: float, before: dict[str, int], chain: bool) -> Program:
+    with torch.no_grad():
+        return _fold_as_asked(graph, max_sigma, before, chain)[1].program
 
 
 def _fold_without_growth(graph: Graph, max_sigma: float, before: dict[str, int]) -> tuple[FoldedGraph, Rebuilt]:
@@ -216,6 +290,11 @@ class _timed:
 
     def __exit__(self, *error: object) -> None:
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._began
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bits."""
+    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def check_deterministic(graph: Graph) -> None:

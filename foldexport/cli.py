@@ -19,6 +19,8 @@ from typing import Any
 import click
 
 from foldexport import __version__
+from foldexport.commands import engine
+from foldexport.commands.bench import bench
 from foldexport.commands.convert import convert
 from foldexport.commands.formats import formats
 from foldexport.commands.inspect import inspect
@@ -34,6 +36,8 @@ SECTIONS = {
         "overwrite",
         "dynamic",
         "precision",
+        "half_io",
+        "max_drop",
         "opset",
         "input_names",
         "output_names",
@@ -42,9 +46,10 @@ SECTIONS = {
     ),
     "Network": ("arch", "arch_args", "input_shapes", "use_ema", "trust_pickle"),
     "Proof": ("data", "seed", "atol", "rtol", "device"),
+    "TensorRT": engine.NAMES,
     "Talk": ("as_json", "quiet", "debug"),
 }
-OTHERS = ("inspect", "verify", "formats")
+OTHERS = ("inspect", "bench", "verify", "formats")
 HELP = ("-h", "--help")
 INTERRUPTED = 130
 TERMINATED = 143
@@ -70,7 +75,7 @@ class Commands(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "CHECKPOINT --to FORMAT[,FORMAT…] [OPTIONS]")
-        formatter.write_usage(ctx.command_path, "inspect | verify | formats …", prefix=" " * len("Usage: "))
+        formatter.write_usage(ctx.command_path, "inspect | bench | verify | formats …", prefix=" " * len("Usage: "))
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         convert.format_help_text(ctx, formatter)
@@ -90,7 +95,7 @@ def commands() -> None:
     """Replaced by the main command's help."""
 
 
-for each in (convert, inspect, verify, formats):
+for each in (convert, inspect, bench, verify, formats):
     commands.add_command(each)
 
 

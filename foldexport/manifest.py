@@ -24,6 +24,8 @@ from foldexport.artifact import Artifact
 from foldexport.errors import UsageError
 from foldexport.exporters.options import ExportOptions
 from foldexport.fold.ledger import SKIP_CONNECTION, Ledger
+from foldexport.precision.prepare import Prepared
+from foldexport.precision.quantised import Quantised
 from foldexport.study import Question, Study
 from foldexport.trace import Graph
 from foldexport.verify import Tolerance
@@ -43,15 +45,18 @@ def build(
     *,
     tolerance: Tolerance | None = None,
     command: Sequence[str] = (),
+    reduced: Prepared | Quantised | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain values; artifacts are named relative to it."""
     inputs, outputs = interface(study.graph, study.example, options)
+    precision = {"precision": options.precision, "half_io": options.half_io} | (reduced.to_dict() if reduced else {})
     return plain({
         "foldexport": {"version": __version__, "schema": SCHEMA},
         "command": [without_folders(word) for word in command],
         **describe(question, study),
         "inputs": inputs,
         "outputs": outputs,
+        "precision": precision,
         "artifacts": [artifact_record(each) for each in artifacts],
         "tolerance": asdict(tolerance) if tolerance else None,
         "probes_left_out": reference.dropped,
@@ -114,12 +119,12 @@ def interface(graph: Graph, example: tuple, options: ExportOptions) -> tuple[lis
     for name, value in zip(options.names("input", len(tensors)), tensors, strict=True):
         axes = options.dynamic_axes(value.shape)
         shape = [axes.get(axis, size) for axis, size in enumerate(value.shape)]
-        inputs.append({"name": name, "shape": shape, "type": _type(value)})
+        inputs.append({"name": name, "shape": shape, "type": _type(value, options)})
     leaves = [getattr(leaf, "meta", {}).get("val") for leaf in graph.fx.output_node().args[0]]
     leaves = [value for value in leaves if isinstance(value, Tensor)]
     batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
     outputs = [
-        {"name": name, "shape": [_size(size, options, batch) for size in value.shape], "type": _type(value)}
+        {"name": name, "shape": [_size(size, options, batch) for size in value.shape], "type": _type(value, options)}
         for name, value in zip(options.names("output", len(leaves)), leaves, strict=True)
     ]
     return inputs, outputs
@@ -134,9 +139,9 @@ def _size(size: Any, options: ExportOptions, batch: int) -> int | str:
     return batch if re.fullmatch(r"s\d+", str(size)) else str(size)
 
 
-def _type(value: Tensor) -> str:
-    """Floats are float32 in every artifact."""
-    return "float32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+def _type(value: Tensor, options: ExportOptions) -> str:
+    """Floats are float32 in every artifact, unless its ends were asked for in half."""
+    return ("float16" if options.half_io else "float32") if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

@@ -8,23 +8,29 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from foldexport import destination, device, exporters, manifest, propagation
 from foldexport.artifact import Artifact, check_destination, describe, staged
-from foldexport.errors import PrecisionError, UsageError
+from foldexport.errors import UsageError
 from foldexport.exporters import Format
 from foldexport.exporters.options import ExportOptions
+from foldexport.precision import quantised
+from foldexport.precision.prepare import Prepared, prepare
+from foldexport.precision.quantised import Quantised
+from foldexport.precision.types import HALF, PRECISIONS
 from foldexport.study import Clock, Progress, Question, Study, study
 from foldexport.verify import Tolerance, require
 from foldexport.verify.reference import Reference, reference
 
+if TYPE_CHECKING:
+    from foldexport.exporters.tensorrt.options import TensorRTOptions
+    from foldexport.exporters.tensorrt.profile import Profile
+
 __all__ = ["Order", "Outcome", "Question", "Study", "check_plot", "convert", "inspect", "plot"]
 
-PRECISIONS = ("fp32",)  # written today
-KNOWN_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Order:
     """What the user asks to be made; the fields are the options of the main command.
 
     dynamic: None for a free batch where the network allows one.     command: argv, for the manifest.
+    tensorrt, profile: how an engine is built and the shapes it takes; the axes that vary there are free in every file.
     """
 
     formats: tuple[Format, ...]
@@ -40,11 +47,15 @@ class Order:
     output_names: tuple[str, ...] | None = None
     dynamic: tuple[str, ...] | None = None
     precision: str = "fp32"
+    half_io: bool = False
+    max_drop: float | None = None
     opset: int | None = None
     device: str = "cpu"
     tolerance: Tolerance | None = None
     overwrite: bool = False
     command: tuple[str, ...] = ()
+    tensorrt: TensorRTOptions | None = None
+    profile: Profile | None = None
 
 
 @dataclass(eq=False)
@@ -55,6 +66,7 @@ class Outcome:
     artifacts: list[Artifact]
     manifest_path: Path
     manifest: dict[str, Any] = field(repr=False)
+    reduced: Prepared | Quantised | None = None
 
 
 def inspect(question: Question, progress: Progress | None = None) -> Study:
@@ -104,41 +116,69 @@ def convert(question: Question, order: Order, progress: Progress | None = None) 
     Raises a FoldexportError, with nothing left behind, when any stage refuses or any proof fails.
     """
     clock = Clock(progress)
+    order = _with_free_axes(order)
     places = destination.plan(question.checkpoint, order.output, order.formats)
     _refuse_early(question, order, places)
     found = study(dataclasses.replace(question, free_axes=order.dynamic or ()), clock)
     options = _options(order, found)
+    reduced = _reduced(order, question, found, clock)
     with clock.stage("reference"):
         expected = reference(
-            found.graph, found.example, options, levels=found.levels, multiply_adds=found.before.multiply_adds,
-            data=found.data, seed=question.seed, device=order.device,
-            known=found.certificate.references if found.certificate else (),
+            found.graph, found.example, options, levels=reduced.levels if reduced else found.levels,
+            multiply_adds=found.before.multiply_adds, data=found.data, seed=question.seed, device=order.device,
+            points=order.profile.points() if order.profile else (),
+            known=found.certificate.references if found.certificate else (), **(reduced.unit if reduced else {}),
         )  # fmt: skip
     targets = [*places.artifacts, places.manifest]
     with destination.made(places.folder), staged(targets, overwrite=order.overwrite) as paths:
         artifacts = [
-            _export(row, path, found, options, expected, order.tolerance, clock)
+            _export(row, path, found, _own_options(row, order, options), expected, order.tolerance, clock, reduced)
             for row, path in zip(order.formats, paths[:-1], strict=True)
         ]
         record = manifest.build(
-            question, found, artifacts, expected, options, tolerance=order.tolerance, command=order.command
+            question, found, artifacts, expected, options, tolerance=order.tolerance, command=order.command, reduced=reduced
         )
         paths[-1].write_text(manifest.dumps(record), encoding="utf-8")
-    return Outcome(found, [_in(places.folder, each) for each in artifacts], places.manifest, record)
+    return Outcome(found, [_in(places.folder, each) for each in artifacts], places.manifest, record, reduced)
+
+
+def _reduced(order: Order, question: Question, found: Study, clock: Clock) -> Prepared | Quantised | None:
+    """The network in the asked type; None for fp32. Raises what `precision.prepare` raises, and UsageError for int8 samples."""
+    if order.precision == "fp32":
+        return None
+    if order.precision == "int8":
+        with clock.stage("read samples"):
+            preprocessing = found.network.preprocessing
+            return quantised.prepared(
+                found.graph, found.refold, question.data, preprocessing, levels=found.levels, max_drop=order.max_drop
+            )
+    with clock.stage(order.precision):
+        return prepare(
+            found.graph, found.refold() if found.refold else None, HALF[order.precision], module=found.module,
+            inputs=[inputs for inputs, _ in found.certificate.references] if found.certificate else (),
+            data=found.data or (), seed=question.seed, half_io=order.half_io,
+        )  # fmt: skip
 
 
 def _refuse_early(question: Question, order: Order, places: destination.Destination) -> None:
     """What can be refused before any work is."""
-    if order.precision not in KNOWN_PRECISIONS:
-        raise UsageError(f"--precision {order.precision}: wanted {', '.join(PRECISIONS)}.")
     if order.precision not in PRECISIONS:
-        there = ", ".join(PRECISIONS)
-        raise PrecisionError(f"--precision {order.precision}: no format is written in it; there is {there}.")
+        raise UsageError(f"--precision {order.precision}: wanted {', '.join(PRECISIONS)}.")
+    if order.precision == "int8" and [row.name for row in order.formats] != ["onnx"]:
+        raise UsageError("--precision int8: is written as ONNX only; pass --to onnx.")
+    if order.precision == "int8" and question.data is None:
+        quantised.prepared(None, None, None, {})
+    if order.max_drop is not None and order.precision != "int8":
+        raise UsageError(f"--max-drop: is about int8, not {order.precision}; pass --precision int8.")
+    if order.half_io and order.precision != "fp16":
+        raise UsageError(f"--half-io: inputs and outputs can be in fp16 only, not {order.precision}; pass --precision fp16.")
     if order.opset is not None and all(row.name != "onnx" for row in order.formats):
         raise UsageError(f"--opset {order.opset}: is for onnx, which --to does not name.")
     ExportOptions(order.input_names, order.output_names, order.opset, order.dynamic or ())
     for row in order.formats:
         exporters.require_installed(row)
+    if any(row.name == "tensorrt" for row in order.formats):
+        _refuse_engine(order)
     device.require(order.device)
     destination.check(places, question.checkpoint, overwrite=order.overwrite)
 
@@ -153,7 +193,45 @@ def _options(order: Order, found: Study) -> ExportOptions:
     if order.dynamic is None and not free:
         batch = found.graph.example[0].shape[0]
         found.network.notes.append(f"the network fixes its batch at {batch}, so the files do too")
-    return ExportOptions(order.input_names, order.output_names, order.opset, dynamic, order.precision)
+    if order.dynamic is None and all(row.fixed_by_default for row in order.formats):
+        dynamic = ()
+    if order.dynamic is None and any(row.fixed_by_default for row in order.formats):
+        sizes = ", ".join("x".join(map(str, value.shape)) for value in found.example)
+        found.network.notes.append(f"the engine takes {sizes} only; pass --min-shape, --opt-shape and --max-shape for other sizes")
+    options = ExportOptions(order.input_names, order.output_names, order.opset, dynamic, order.precision, order.half_io)
+    if order.profile is not None:
+        shapes = [tuple(value.shape) for value in found.example]
+        order.profile.check(options.names("input", len(shapes)), shapes, dynamic)
+    return dataclasses.replace(options, tensorrt=order.tensorrt, profile=order.profile)
+
+
+def _own_options(row: Format, order: Order, options: ExportOptions) -> ExportOptions:
+    """A format whose files have fixed sizes by default is asked for free ones only where the user did."""
+    return dataclasses.replace(options, dynamic=()) if row.fixed_by_default and order.dynamic is None else options
+
+
+def _with_free_axes(order: Order) -> Order:
+    """The order with the axes free that its profile leaves free. Raises UsageError where --dynamic names fewer."""
+    if order.profile is None:
+        return order
+    free = order.profile.free_axes()
+    fixed = [axis for axis in free if order.dynamic is not None and axis not in order.dynamic]
+    if fixed:
+        raise UsageError(f"--max-shape: the {fixed[0]} varies there, but --dynamic does not name it: leave --dynamic out.")
+    return order if order.dynamic is not None else dataclasses.replace(order, dynamic=free)
+
+
+def _refuse_engine(order: Order) -> None:
+    """What can be refused of an engine before any work. Raises UsageError, and MissingDependencyError for library and GPU."""
+    from foldexport.exporters.tensorrt import flavour
+    from foldexport.exporters.tensorrt.options import TensorRTOptions
+
+    if order.dynamic and order.profile is None:
+        raise UsageError(
+            f"tensorrt: --dynamic {','.join(order.dynamic)} leaves sizes free, and an engine needs to know their range: pass "
+            "--min-shape, --opt-shape and --max-shape, or --dynamic none."
+        )
+    flavour.require(order.tensorrt or TensorRTOptions())
 
 
 def _export(
@@ -164,14 +242,27 @@ def _export(
     expected: Reference,
     tolerance: Tolerance | None,
     clock: Clock,
+    reduced: Prepared | Quantised | None = None,
 ) -> Artifact:
-    """Write one format and run it in its own runtime. Raises EquivalenceError where it computes something else."""
+    """Write one format and run it in its own runtime.
+
+    Raises EquivalenceError where it computes something else, PrecisionError where it is in another type than was asked for.
+    """
     exporter = exporters.exporter(row)
+    if isinstance(reduced, Quantised):
+        with clock.stage("quantise"):
+            notes = reduced.write(exporter, found.example, path, options)
+            comparison = require(reduced.compare(expected, exporter, path))
+        return describe(path, row.name, [path], comparison=comparison, notes=notes)
+    module, example = (reduced.module, reduced.given(found.example)) if reduced else (found.module, found.example)
+    # An unfolded network's weights may lie in the file in any form: writers fold some of it themselves.
+    weights: nn.Module | None = module if found.ledger is not None else None
+    expected.introduce(exporter, weights, tolerance)
     with clock.stage(f"export {row.name}"):
-        notes = exporter.export(found.module, found.example, path, options)
+        notes = exporter.export(module, example, path, options)
+        if reduced:
+            notes["precision"] = reduced.require_delivered(exporter, path).to_dict()
     with clock.stage(f"verify {row.name}"):
-        # An unfolded network's weights may lie in the file in any form: writers fold some of it themselves.
-        weights: nn.Module | None = found.module if found.ledger is not None else None
         comparison = require(expected.compare(exporter, path, weights, tolerance))
         files = [each for each in path.parent.iterdir() if each.name.startswith(path.name)]
     return describe(path, row.name, sorted(files), comparison=comparison, notes=notes)

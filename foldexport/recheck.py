@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foldexport import exporters, manifest
 from foldexport.artifact import sha256
-from foldexport.errors import CheckpointError, EquivalenceError, UsageError
+from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, UsageError
 from foldexport.exporters import Format
 from foldexport.study import Clock, Progress
 from foldexport.verify import Comparison, Tolerance
@@ -26,6 +28,7 @@ class Checked:
 
     changed: files whose SHA-256 differs from the manifest's; such an artifact is not run.
     comparison: None where it was not run.    reason: why it failed, empty where it holds.
+    unrun: why it cannot be run on this machine, though it is the file that was exported; else empty.
     """
 
     format: str
@@ -33,17 +36,18 @@ class Checked:
     changed: list[str] = field(default_factory=list)
     comparison: Comparison | None = None
     reason: str = ""
+    unrun: str = ""
 
     @property
     def ok(self) -> bool:
-        return not self.reason
+        return not self.reason and not self.unrun
 
     def to_dict(self) -> dict[str, Any]:
         record = {
             "format": self.format,
             "file": self.file,
             "ok": self.ok,
-            "reason": self.reason,
+            "reason": self.reason or self.unrun,
             "changed": self.changed,
         }
         return record | {"comparison": self.comparison.to_dict() if self.comparison else None}
@@ -67,10 +71,17 @@ def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None =
 
 
 def require(checked: list[Checked]) -> None:
-    """Raise EquivalenceError, naming every file that is not what was exported or does not compute what was proved."""
-    failed = [each.file for each in checked if not each.ok]
+    """Raise EquivalenceError, naming every file that is not what was exported or does not compute what was proved.
+
+    Raises MissingDependencyError where all that could be run holds, and one could not be run on this machine.
+    """
+    failed = [each.file for each in checked if each.reason]
     if failed:
         raise EquivalenceError(f"{len(failed)} of {len(checked)} artifacts failed: {', '.join(failed)}.")
+    unrun = [each for each in checked if each.unrun]
+    if unrun:
+        count = f"{len(unrun)} of {len(checked)} artifacts"
+        raise MissingDependencyError(f"{count} could not be run here: {unrun[0].file}: {unrun[0].unrun}; verify on its machine.")
 
 
 def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
@@ -96,6 +107,14 @@ def _require_whole(path: Path, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: names {name}, which is not one of the files beside it.")
 
 
+def _unit(document: dict[str, Any]) -> dict[str, Any]:
+    """Whose noise the golden outputs are judged by, and what artifacts are fed."""
+    precision = document.get("precision") or {}
+    name = precision.get("precision", "fp32")
+    dtype = torch.float16 if precision.get("half_io") else torch.float32
+    return {"unit": "float32" if name == "fp32" else name, "dtype": dtype}
+
+
 def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock) -> Checked:
     row = exporters.get(entry["format"])
     found = Checked(row.name, entry["file"])
@@ -108,6 +127,9 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     if document["golden"] is None:
         return found
     exporter = exporters.exporter(row)
+    found.unrun = exporter.cannot_run(folder / entry["file"]) if hasattr(exporter, "cannot_run") else ""
+    if found.unrun:
+        return found
     given = document.get("tolerance")
     tolerance = Tolerance(**given) if given else None
     clock.tell(f"run {entry['file']} in {exporter.runtime()}")
@@ -117,6 +139,7 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
         format=row.name,
         label=exporter.runtime(),
         tolerance=tolerance,
+        **_unit(document),
     )
     found.comparison = comparison
     found.reason = "" if comparison.ok else comparison.message

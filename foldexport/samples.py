@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from foldexport.errors import MissingDependencyError, UsageError
 
 SAMPLES = 64  # of the first ones, in the order of names
+LABELS = "labels"  # the array of an .npz that holds class numbers, not an input
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 WANTED = "an .npz with one array per input (batch first) or a folder of images"
 
@@ -32,10 +33,37 @@ def load(path: Path, preprocessing: Mapping[str, Any]) -> list[np.ndarray]:
     return _arrays(path)
 
 
-def _arrays(path: Path) -> list[np.ndarray]:
+def labelled(path: Path, preprocessing: Mapping[str, Any], limit: int) -> tuple[list[np.ndarray], np.ndarray | None, int]:
+    """Many samples, for calibration and accuracy: one array per input, class numbers ``[N]`` or None, the number of classes.
+
+    A folder of images has labels where every image lies in one of its own folders; these are the classes, in the order of their
+    names. Images are taken evenly from all of them. An .npz has them in its array "labels". Raises what :func:`load` raises.
+    """
+    if not path.is_dir():
+        load(path, preprocessing)  # refuses what is no .npz
+        arrays = _arrays(path, limit)
+        with np.load(path, allow_pickle=False) as archive:
+            labels = archive[LABELS] if LABELS in archive.files and len(archive.files) > 1 else None
+        if labels is None:
+            return arrays, None, 0
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < len(arrays[0]):
+            found = f"{labels.dtype} {list(labels.shape)}"
+            raise UsageError(f"--data {path}: its labels are {found}; wanted one class number per sample.")
+        return arrays, labels[:limit].astype(np.int64), int(labels.max()) + 1
+    paths = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
+    classes = sorted({each.parent.name for each in paths if each.parent.parent == path})
+    inside = classes and all(each.parent.parent == path for each in paths)
+    taken = [paths[place * len(paths) // limit] for place in range(limit)] if len(paths) > limit else paths
+    images = [_images(path, preprocessing, taken)]
+    if not inside:
+        return images, None, 0
+    return images, np.asarray([classes.index(each.parent.name) for each in taken]), len(classes)
+
+
+def _arrays(path: Path, limit: int = SAMPLES) -> list[np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[name] for name in archive.files]
+            arrays = [archive[name] for name in archive.files if name != LABELS or len(archive.files) == 1]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--data {path}: cannot be read as .npz ({reason}); wanted {WANTED}.") from error
@@ -45,15 +73,16 @@ def _arrays(path: Path) -> list[np.ndarray]:
         if array.dtype.kind not in "biuf" or array.ndim == 0 or not len(array):
             found = f"a {array.dtype} array of shape {list(array.shape)}"
             raise UsageError(f"--data {path}: holds {found}; wanted numbers, batch first.")
-    return [array[:SAMPLES] for array in arrays]
+    return [array[:limit] for array in arrays]
 
 
-def _images(folder: Path, preprocessing: Mapping[str, Any]) -> np.ndarray:
+def _images(folder: Path, preprocessing: Mapping[str, Any], paths: Sequence[Path] | None = None) -> np.ndarray:
     missing = [name for name in ("input_size", "mean", "std") if not preprocessing.get(name)]
     if missing:
         reason = f"nothing says the {', '.join(missing)} that the network's images have"
         raise UsageError(f"--data {folder}: {reason}; pass an .npz of arrays that are preprocessed.")
-    paths = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)[:SAMPLES]
+    if paths is None:
+        paths = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)[:SAMPLES]
     if not paths:
         raise UsageError(f"--data {folder}: has no images ({', '.join(IMAGE_SUFFIXES[:4])}, …); wanted {WANTED}.")
     return np.stack([_image(each, preprocessing) for each in paths])

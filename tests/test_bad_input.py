@@ -250,7 +250,7 @@ def test_missing_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--precision", "fp16"), 6, ["fp16", "fp32"]),
+        (("--precision", "int8"), 2, ["int8", "ONNX only"]),
         (("--precision", "fp99"), 2, ["fp99", "fp32"]),
         (("--opset", "1"), 2, ["opset"]),
         (("--dynamic", "depth"), 2, ["depth", "batch, height, width"]),

@@ -15,7 +15,8 @@ from tests.command import files, save_dirac
 
 KEYS = [
     "foldexport", "command", "checkpoint", "architecture", "preprocessing", "costs", "evaluated", "ledger",
-    "certificate", "extremes", "inputs", "outputs", "artifacts", "tolerance", "probes_left_out", "golden", "versions", "seconds",
+    "certificate", "extremes", "inputs", "outputs", "precision", "artifacts", "tolerance",
+    "probes_left_out", "golden", "versions", "seconds",
 ]  # fmt: skip
 
 

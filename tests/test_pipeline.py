@@ -13,7 +13,7 @@ from torch import nn
 import foldexport
 from foldexport import exporters, pipeline
 from foldexport.arch import load_arch
-from foldexport.errors import EquivalenceError, MissingDependencyError, ModelError, PrecisionError, UsageError
+from foldexport.errors import EquivalenceError, MissingDependencyError, ModelError, UsageError
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.torchscript import TorchScriptExporter
 from foldexport.verify import Tolerance
@@ -103,7 +103,7 @@ def test_every_stage_has_its_seconds(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "error", "words"),
     [
-        ({"precision": "fp16"}, PrecisionError, "fp16"),
+        ({"precision": "int8"}, UsageError, "ONNX only"),
         ({"precision": "int7"}, UsageError, "int7"),
         ({"opset": 17}, UsageError, "--opset"),
         ({"input_names": ("a", "a")}, UsageError, "distinct"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from foldexport.commands import engine
 from foldexport.commands.options import Axes, Formats, network_options, output_options, question
 from foldexport.errors import UsageError
 from foldexport.exporters import FORMATS
@@ -21,7 +22,11 @@ from foldexport.exporters import FORMATS
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--dynamic", type=Axes(), metavar="AXES",
               help="Axes of any length: batch (default), batch,height,width, or none.")  # fmt: skip
-@click.option("--precision", default="fp32", metavar="TYPE", help="Of weights and arithmetic. Default: fp32.")
+@click.option("--precision", default="fp32", metavar="TYPE",
+              help="Of weights and arithmetic in the file: fp32 (default), fp16, bf16, or int8 for onnx, with --data.")  # fmt: skip
+@click.option("--max-drop", type=float, metavar="POINTS",
+              help="With int8: accuracy that may be lost on the labelled samples of --data. Default: 1.")  # fmt: skip
+@click.option("--half-io", is_flag=True, help="With fp16: inputs and outputs in fp16 too.")
 @click.option("--opset", type=int, metavar="N", help="Of ONNX. Default: the newest that torch.onnx writes well.")
 @click.option("--input-name", "input_names", metavar="NAME", multiple=True, help="Default: input. Repeat for several.")
 @click.option(
@@ -36,6 +41,7 @@ from foldexport.exporters import FORMATS
 @click.option("--rtol", type=float, metavar="X", help="See --atol.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
               help="Where the training graph's own outputs are computed. Default: cpu.")  # fmt: skip
+@engine.engine_options
 @output_options
 def convert(**options: Any) -> None:
     """Fold a trained convolutional network into plain convolutions, prove that nothing changed, and export it.
@@ -70,8 +76,11 @@ def _order(options: dict[str, Any]) -> Any:
     for name, value in (("--atol", atol), ("--rtol", rtol)):
         if value is not None and not 0 <= value < math.inf:
             raise UsageError(f"{name} {value}: wanted a number of 0 or more.")
+    if options["max_drop"] is not None and not 0 <= options["max_drop"] <= 100:
+        raise UsageError(f"--max-drop {options['max_drop']}: wanted points of accuracy, 0 to 100.")
     tolerance = None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0)
     names = {key: tuple(options.pop(key)) or None for key in ("input_names", "output_names")}
     formats = tuple(options.pop("formats"))
+    names |= engine.take(options, formats)
     command = tuple(click.get_current_context().meta["foldexport.argv"])
     return Order(formats=formats, tolerance=tolerance, command=command, **names, **options)

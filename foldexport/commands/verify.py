@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from foldexport.commands.options import FILE, Formats, output_options
-from foldexport.errors import EquivalenceError
+from foldexport.errors import EquivalenceError, MissingDependencyError
 from foldexport.exporters import Format
 
 
@@ -21,7 +21,7 @@ from foldexport.exporters import Format
 def verify(manifest: Path, formats: Sequence[Format] | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Check the files beside NAME.manifest.json: their SHA-256, and their outputs on the manifest's golden inputs.
 
-    Exits 4 where one differs, 5 where a runtime is not installed.
+    Exits 4 where one differs, 5 where a runtime or its GPU is not there.
     """
     from foldexport.report.terminal import Terminal
 
@@ -35,6 +35,6 @@ def verify(manifest: Path, formats: Sequence[Format] | None, as_json: bool, quie
     terminal.show(lambda screen: console.checked(screen, checked), document.checked(checked))
     try:
         recheck.require(checked)
-    except EquivalenceError as error:
+    except (EquivalenceError, MissingDependencyError) as error:
         terminal.complain(error)
         raise click.exceptions.Exit(error.exit_code) from error

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from foldexport.costs import Costs
     from foldexport.exporters import Status
     from foldexport.pipeline import Outcome
+    from foldexport.precision.prepare import Prepared
+    from foldexport.precision.quantised import Quantised
     from foldexport.recheck import Checked
     from foldexport.study import Study
     from foldexport.verify import Comparison
@@ -36,10 +38,14 @@ def outcome(screen: Console, done: Outcome) -> None:
     _costs(screen, done.study)
     _ledger(screen, done.study, KEPT_SHOWN)
     _certificate(screen, done.study)
+    if done.reduced is not None:
+        _reduced(screen, done.reduced)
     heading(screen, "artifacts")
     for artifact in done.artifacts:
         if artifact.comparison:
             proof(screen, artifact.comparison)
+        if "precision" in artifact.notes:
+            _sentence(screen, "", [_types(artifact.notes["precision"])], "dim")
     for name in done.manifest["probes_left_out"]:
         said = f"probe {name} left out: the training graph itself is imprecise on it in float32"
         _sentence(screen, "", [said], "dim")
@@ -64,6 +70,10 @@ def checked(screen: Console, found: Sequence[Checked]) -> None:
         if each.comparison is not None:
             proof(screen, each.comparison)
             continue
+        if each.unrun:
+            said = [f"{each.file}: SHA-256 as in the manifest", f"cannot be run here: {each.unrun}"]
+            _sentence(screen, f"– {each.format}", said, "yellow")
+            continue
         said = each.reason or "SHA-256 as in the manifest; it has no golden inputs to run"
         _sentence(screen, f"{'✓' if each.ok else '✗'} {each.file}", [said], "green" if each.ok else "red")
 
@@ -74,12 +84,12 @@ def formats(screen: Console, rows: Sequence[Status]) -> None:
     for title in ("format", "also", "file", "here"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        here = Text(f"✓ {row.format.runtime} {row.version}", "green") if row.works else Text("✗ see below", "yellow")
+        here = Text(f"✓ {row.runtime or row.format.runtime} {row.version}", "green") if row.works else Text("✗ see below", "yellow")
         table.add_row(row.format.name, ", ".join(row.format.aliases), f"NAME{row.format.suffix}", here)
     screen.print(table)
     for row in rows:
-        if not row.works:  # a command to paste must not be broken across lines
-            screen.print(Text(f"{row.format.name}: {row.reason}", "yellow"), soft_wrap=True)
+        if row.reason:  # a command to paste must not be broken across lines
+            screen.print(Text(f"{row.format.name}: {row.reason}", "dim" if row.works else "yellow"), soft_wrap=True)
 
 
 def heading(screen: Console, title: str) -> None:
@@ -90,10 +100,13 @@ def heading(screen: Console, title: str) -> None:
 def proof(screen: Console, found: Comparison) -> None:
     """``✓ onnx  onnxruntime 1.31.1  max error 3.1e-07 of peak (0.9× float32 noise)  weights 22/22 identical  …``"""
     parts = [found.runtime]
+    if found.not_run:
+        parts += [found.not_run, *found.instead]
     if found.probes:
-        parts.append(f"max error {found.max_error:.1e} of peak ({found.noise_multiple:.1f}× float32 noise)")
+        parts.append(found.error)
     if found.weights_identical is not None:
-        parts.append("weights {}/{} identical".format(*found.weights_identical))
+        how = "to half a step" if found.unit == "int8" else "identical"
+        parts.append("weights {}/{} {}".format(*found.weights_identical, how))
     if found.top1 is not None:
         ties = f" ({len(found.top1.near_ties)} near-ties left out)" if found.top1.near_ties else ""
         parts.append(f"top-1 {found.top1.agree}/{found.top1.counted}{ties}")
@@ -212,6 +225,50 @@ def _certificate(screen: Console, found: Study) -> None:
     if found.extremes is not None:
         peaks = [("weight", found.extremes.weight), ("activation", found.extremes.activation)]
         _sentence(screen, "largest", [f"{kind} {peak.value:.3g} in {peak.layer}" for kind, peak in peaks], "dim")
+
+
+def _quantised(screen: Console, done: Quantised) -> None:
+    """What int8 cost, and how ranges were brought together."""
+    heading(screen, "precision")
+    quality = done.quality
+    parts = [str(quality), f"calibrated on {quality.calibration_samples} samples"]
+    if quality.equalised_groups:
+        parts.append(f"{quality.equalised_groups} channels equalised, {quality.proved_values} values proved equal")
+    _sentence(screen, "✓ int8", parts, "green")
+    how = "without equalised ranges" if quality.equalised_groups else "with equalised ranges"
+    _sentence(screen, "", [f"{how}: {done.other}"], "dim")
+    for note in done.notes:
+        _sentence(screen, "", [note], "yellow")
+
+
+def _reduced(screen: Console, done: Prepared | Quantised) -> None:
+    """What the type holds, what was rescaled, and what stays in float32."""
+    if hasattr(done, "quality"):
+        _quantised(screen, done)
+        return
+    report, multiple = done.report, done.rounding.multiples["folded"].multiple
+    heading(screen, "precision")
+    parts = [f"{report.layers[1]} of {report.layers[0]} layers in {done.kind.label}"]
+    parts += [] if multiple is None else [f"{multiple:.1f}× {done.kind.name} noise of the unfolded network"]
+    if report.rescaled:
+        low, high = report.exponents
+        parts.append(f"{report.rescaled} groups of values rescaled by 2^{low} to 2^{high}, {report.compared} values proved equal")
+    parts.append(f"largest weight {report.largest[0]:.3g}, activation {report.largest[1]:.3g} (of {done.kind.largest:.3g})")
+    _sentence(screen, f"✓ {done.kind.name}", parts, "green")
+    if report.before:
+        named = ", ".join(f"{each['what']} of {each['layer']} {each['problem']}" for each in report.before[:KEPT_SHOWN])
+        more = f" and {len(report.before) - KEPT_SHOWN} more" if len(report.before) > KEPT_SHOWN else ""
+        _sentence(screen, "without care", [f"{named}{more}"], "dim")
+    for layer, why in list(report.single.items())[:KEPT_SHOWN]:
+        _sentence(screen, "float32", [f"{layer}: {why}"], "yellow")
+
+
+def _types(read: dict) -> str:
+    """What the file was read back to be in."""
+    total, largest = sum(read["weight_bytes"].values()) or 1, lambda pair: -pair[1]
+    shares = [f"{100 * count / total:.0f} % {name}" for name, count in sorted(read["weight_bytes"].items(), key=largest)]
+    layers = [f"{count} in {name}" for name, count in sorted(read["layers"].items(), key=largest)]
+    return f"read back: weights {', '.join(shares)}" + (f"; layers {', '.join(layers)}" if layers else "")
 
 
 def _files(screen: Console, done: Outcome) -> None:

@@ -41,7 +41,7 @@ def formats(rows: Sequence[Status]) -> dict[str, Any]:
             {
                 "name": row.format.name, "aliases": list(row.format.aliases), "suffix": row.format.suffix,
                 "description": row.format.description, "extra": row.format.extra, "works": row.works,
-                "runtime": row.format.runtime, "version": row.version, "reason": row.reason,
+                "runtime": row.runtime or row.format.runtime, "version": row.version, "reason": row.reason,
             }
             for row in rows
         ],

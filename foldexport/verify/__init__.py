@@ -27,6 +27,7 @@ from foldexport.exporters.weights import WeightMatch
 WARN_ABOVE = 4.0  # times the training graph's float32 noise
 FAIL_ABOVE = 8.0
 NOISE_FLOOR = 2.0**-24  # half a unit in the last place of float32
+UNTOLD = 1e-2  # of peak: a network whose own float32 noise is larger has outputs that prove little
 DISCRETE_DIFFERENCES = 1e-4  # share of an integer output (a map of classes) that near-ties may change
 
 Runtime = Callable[..., list[np.ndarray]]
@@ -74,6 +75,8 @@ class Comparison:
     weights_identical: (n, total) bit-identical weights, None where they were not compared.
     ok: False fails the artifact.
     message: the failure or the warning, empty where there is neither.
+    unit: the number type whose noise is the unit, "float32", "fp16", "bf16".
+    not_run: why it could not be run here, "built, not run: no GPU (…)", else empty; instead: what was proved of it instead.
     """
 
     format: str
@@ -87,29 +90,41 @@ class Comparison:
     weights_identical: tuple[int, int] | None = None
     ok: bool = True
     message: str = ""
+    unit: str = "float32"
+    not_run: str = ""
+    instead: tuple[str, ...] = ()
 
     @property
     def warning(self) -> str:
         """The message of an artifact that passes with a warning."""
         return self.message if self.ok else ""
 
+    @property
+    def error(self) -> str:
+        """The largest error, and what it is in units of noise; int8 is judged by accuracy, not by noise."""
+        multiple = "" if self.unit == "int8" else f" ({self.noise_multiple:.1f}× {self.unit} noise)"
+        return f"max error {self.max_error:.1e} of peak{multiple}"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what is not finite becomes None."""
+        """Plain values for JSON; what is not finite, or was not measured, becomes None."""
         record = asdict(self)
         for name in ("max_error", "noise_multiple"):
-            record[name] = record[name] if math.isfinite(record[name]) else None
+            record[name] = record[name] if math.isfinite(record[name]) and not self.not_run else None
         return record
 
     def __str__(self) -> str:
         """The proof line: what passed or failed, by how much."""
         parts = [f"{'✓' if self.ok else '✗'} {self.format}", self.runtime]
+        if self.not_run:
+            parts += [self.not_run, *self.instead]
         if self.probes:
-            parts.append(f"max error {self.max_error:.1e} of peak ({self.noise_multiple:.1f}× float32 noise)")
+            parts.append(self.error)
         if self.top1 is not None:
             ties = f" ({len(self.top1.near_ties)} near-ties)" if self.top1.near_ties else ""
             parts.append(f"top-1 {self.top1.agree}/{self.top1.counted}{ties}")
         if self.weights_identical is not None:
-            parts.append("weights {}/{} bit-identical".format(*self.weights_identical))
+            how = "to half a step" if self.unit == "int8" else "bit-identical"
+            parts.append("weights {}/{} {}".format(*self.weights_identical, how))
         return "  ".join(parts)
 
 
@@ -125,6 +140,7 @@ def compare(
     weights: WeightMatch | None = None,
     dtype: torch.dtype = torch.float32,
     tolerance: Tolerance | None = None,
+    unit: str = "float32",
 ) -> Comparison:
     """Run the artifact on every probe and compare with the training graph.
 
@@ -133,10 +149,11 @@ def compare(
     n32: the training graph's own noise, one number or one per output.      label: "onnxruntime 1.31.1".
     weights: of :func:`~foldexport.exporters.weights.match_weights`; a missing weight fails whatever the outputs say.
     tolerance: judges the error in place of the noise; weights and classes are judged as ever.
+    unit: whose noise n32 is; "float32", or the half type that the artifact is in.
 
     Never raises for a wrong artifact: a runtime that fails on a probe, a wrong shape, NaN, a missing weight are found.
     """
-    found = Comparison(format, label)
+    found = Comparison(format, label, unit=unit)
     if weights is not None:
         found.weights_identical = (weights.identical, weights.total)
         _judge_weights(found, weights)
@@ -152,6 +169,21 @@ def compare(
             _compare_output(found, np.asarray(output), reference.numpy(force=True), noise, name, place)
             _judge_tolerance(found, np.asarray(output), reference.numpy(force=True), tolerance, name)
     _judge_error(found, tolerance is None)
+    _own_up(found, max([n32] if isinstance(n32, (int, float)) else n32, default=0.0))
+    return found
+
+
+def unrun(
+    reason: str, *, format: str, label: str, instead: Sequence[str], weights: WeightMatch | None = None, unit: str = "float32"
+) -> Comparison:
+    """The comparison of an artifact that cannot be run on this machine: its weights, and what else was proved of it.
+
+    reason: why not, "no GPU (cuInit: …)". instead: in words for the proof line, "its ONNX file passed: …".
+    """
+    found = Comparison(format, label, not_run=f"built, not run: {reason}", instead=tuple(instead), unit=unit)
+    if weights is not None:
+        found.weights_identical = (weights.identical, weights.total)
+        _judge_weights(found, weights)
     return found
 
 
@@ -266,13 +298,20 @@ def _judge_tolerance(
 
 
 def _judge_error(found: Comparison, by_noise: bool = True) -> None:
-    size = f"error {found.max_error:.1e} of peak, {found.noise_multiple:.1f} times the training graph's float32 noise"
+    size = f"error {found.max_error:.1e} of peak, {found.noise_multiple:.1f} times the training graph's {found.unit} noise"
     if by_noise and not found.noise_multiple <= FAIL_ABOVE:
         _fail(found, f"{size} ({FAIL_ABOVE:g} allowed), at {found.worst}")
     elif found.top1 is not None and not found.top1.ok:
         _fail(found, f"{found.top1.counted - found.top1.agree} of {found.top1.counted} clear top-1 classes differ")
     elif found.ok and found.noise_multiple > WARN_ABOVE:
         found.message = f"{size} (above {WARN_ABOVE:g}), at {found.worst}"
+
+
+def _own_up(found: Comparison, noise: float) -> None:
+    """Say where the training graph itself rounds so badly that agreement of outputs means nothing."""
+    if found.ok and noise > UNTOLD and found.unit != "int8":  # which is judged by its accuracy
+        equal = ", its weights are equal bit for bit" if found.weights_identical else ""
+        found.message = f"the network itself loses {noise:.1%} of peak to {found.unit}: its outputs prove little{equal}"
 
 
 def _fail(found: Comparison, message: str) -> None:

@@ -75,9 +75,12 @@ def golden(
 
 
 def check_golden(
-    record: dict[str, Any], runtime: Runtime, *, format: str, label: str, tolerance: Tolerance | None = None
+    record: dict[str, Any], runtime: Runtime, *, format: str, label: str, tolerance: Tolerance | None = None,
+    unit: str = "float32", dtype: torch.dtype = torch.float32,
 ) -> Comparison:
     """Compare a loaded artifact with the golden set of its manifest, by the rules of :func:`foldexport.verify.compare`.
+
+    unit, dtype: the number type whose noise the record's n32 is, and what the artifact is fed.
 
     Raises :class:`CheckpointError` when the record is not one of ours, or the inputs drawn here are not those that it
     was made with.
@@ -99,7 +102,7 @@ def check_golden(
     names = record.get("output_names") or None
     return compare(
         references, thinned, probes, _field(record, "n32"), format=format, label=label, output_names=names,
-        tolerance=tolerance,
+        tolerance=tolerance, unit=unit, dtype=dtype,
     )  # fmt: skip
 
 

@@ -20,22 +20,24 @@ from foldexport.certify.rounding import Errors, rounding
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.trace import Graph
-from foldexport.verify import Comparison, Tolerance, compare
-from foldexport.verify.golden import golden
+from foldexport.verify import Comparison, Tolerance, compare, unrun
+from foldexport.verify.golden import golden, golden_inputs
 
 MORE_SAMPLES = 32  # normal samples beyond the probes
 MORE_MULTIPLY_ADDS = 4e9  # that they may cost together
 CHUNK = 8  # samples of one run
 SPECIAL = ("uniform", "constant", "impulse")  # on which a network may be far worse conditioned than on natural inputs
 UNUSUAL = 4.0  # times the usual noise
+AT_POINTS = 1000  # added to the seed for the inputs at a profile's points
 BATCHES = (1, 3)  # from one artifact, where its batch is free
+HUGE_BATCHES = (1, 2)  # of samples whose activations fill gigabytes
 
 
 @dataclass(eq=False)
 class Reference:
     """Inputs and the training graph's outputs on them.
 
-    levels: the training graph's own float32 noise, per output.     inputs, outputs: one entry per run.
+    levels: the training graph's own noise in ``unit``, per output.     inputs, outputs: one entry per run.
     golden: the record for the manifest, None where the inputs cannot be drawn from a seed.
     dropped: probes on which the training graph itself rounds far worse than it usually does, or is not finite.
     """
@@ -46,16 +48,35 @@ class Reference:
     outputs: list[list[Tensor]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
     dropped: list[str] = field(default_factory=list)
+    unit: str = "float32"
+    dtype: torch.dtype = torch.float32
 
     def compare(
         self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None
     ) -> Comparison:
         """Run the artifact at ``path`` on every input; ``module``'s weights, where given, must be in it bit for bit."""
         weights = match_weights(expected_weights(module), exporter.weights(path)) if module is not None else None
+        reason = exporter.cannot_run(path) if hasattr(exporter, "cannot_run") else ""
+        if reason:
+            return unrun(
+                reason, format=exporter.name, label=exporter.runtime(), instead=exporter.proved_instead(), weights=weights,
+                unit=self.unit,
+            )  # fmt: skip
+        taken = [place for place, inputs in enumerate(self.inputs) if not hasattr(exporter, "takes") or exporter.takes(inputs)]
         return compare(
-            self.outputs, exporter.load(path), self.inputs, self.levels, format=exporter.name, label=exporter.runtime(),
-            output_names=self.output_names, weights=weights, tolerance=tolerance,
+            [self.outputs[place] for place in taken], exporter.load(path), [self.inputs[place] for place in taken], self.levels,
+            format=exporter.name, label=exporter.runtime(), output_names=self.output_names, weights=weights,
+            tolerance=tolerance, unit=self.unit, dtype=self.dtype,
         )  # fmt: skip
+
+    def introduce(self, exporter: Any, module: nn.Module | None, tolerance: Tolerance | None = None) -> None:
+        """Let an exporter that builds from another format's file prove that file before it builds.
+
+        module: the folded one, whose weights the file must hold; None where nothing was folded.
+        """
+        if hasattr(exporter, "prove_source"):
+            exporter.folded = module is not None
+            exporter.prove_source = lambda source, file: self.compare(source, file, module, tolerance)
 
 
 def reference(
@@ -69,19 +90,27 @@ def reference(
     seed: int = 0,
     device: str = "cpu",
     known: Sequence[tuple[tuple, list]] = (),
+    unit: str = "float32",
+    low: Callable[[tuple], list[Any]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    points: Sequence[Sequence[Sequence[int]]] = (),
 ) -> Reference:
     """Run the training graph in float64 on all inputs that artifacts are compared on.
 
     example: the user's own inputs, whose batch is the only one of an artifact with fixed sizes.
     levels: of the certificate, measured here where there is none. known: inputs and outputs that the certificate has
-    computed on the CPU already.
+    computed on the CPU already. unit, low: the half type of the artifacts, and the training graph run in it;
+    dtype: what artifacts are fed. points: further shapes of all inputs, those of a profile.
     """
     run = _runner(graph, device, known if device == "cpu" else ())
-    batches = BATCHES if _free_batch(graph, options) else (_batch(example),)
+    huge = probes.is_huge(graph)
+    several = HUGE_BATCHES if huge else BATCHES
+    batches = several if _free_batch(graph, options) else (_batch(example),)
     if levels is None:
         levels = rounding(graph, {}, probes.noise_probes(graph, seed=seed)).levels
     places = [place for place, leaf in enumerate(graph.fx.output_node().args[0]) if _is_tensor(leaf)]
-    found = Reference([levels[place] for place in places], options.names("output", len(places)))
+    found = Reference([levels[place] for place in places], options.names("output", len(places)), unit=unit, dtype=dtype)
+    low = low or (lambda inputs: interpret.outputs(graph, inputs, torch.float32))
 
     def record(*inputs: Tensor) -> list[Tensor]:
         outputs = run(*inputs)
@@ -94,21 +123,23 @@ def reference(
         found.golden = golden(
             record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names
         )
-    for name, inputs in _further(graph, options, data, seed, _samples(multiply_adds), found.golden is not None):
+    for name, inputs in _further(graph, options, data, seed, 0 if huge else _samples(multiply_adds), found.golden is not None):
         record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
-        if name in SPECIAL and not _rounds_as_usual(graph, found, places):
+        if name in SPECIAL and not _rounds_as_usual(low, found, places):
             found.dropped.append(name)
             found.inputs.pop(), found.outputs.pop()
+    for place, shapes in enumerate(dict.fromkeys(points) if found.golden is not None else ()):
+        record(*(value.double() for value in golden_inputs(shapes, seed + AT_POINTS + place)))
     return found
 
 
-def _rounds_as_usual(graph: Graph, found: Reference, places: list[int]) -> bool:
-    """Whether the training graph in float32 is near its float64 outputs on the last inputs.
+def _rounds_as_usual(low: Callable[[tuple], list[Any]], found: Reference, places: list[int]) -> bool:
+    """Whether the training graph in the artifacts' type is near its float64 outputs on the last inputs.
 
     A constant image drives statistics of the input itself to zero variance, where float32 means nothing.
     """
     with torch.no_grad():
-        leaves = interpret.outputs(graph, found.inputs[-1], torch.float32)
+        leaves = low(found.inputs[-1])
     for place, wanted, level in zip(places, found.outputs[-1], found.levels, strict=True):
         errors = Errors()
         if wanted.is_floating_point() and wanted.isfinite().all():
@@ -145,10 +176,10 @@ def _further(
         (probe.name, probe.inputs)
         for probe in probes.make(graph, seed=seed)
         if probe.name != "normal" or not golden_too
-        if sized or probe.name != "second size"
+        if sized or not probe.resized
     ]
     if data is not None:
-        found += [("data", inputs) for inputs in _chunks(graph, data)]
+        found += [("data", inputs) for inputs in chunks(graph, data)]
     if samples:
         draws = (
             probes.noise_probes(graph, seed=seed + 8 * (1 + more)) for more in range(samples // probes.NOISE_SAMPLES)
@@ -163,7 +194,7 @@ def _samples(multiply_adds: int | None) -> int:
     return min(MORE_SAMPLES, affordable) // probes.NOISE_SAMPLES * probes.NOISE_SAMPLES
 
 
-def _chunks(graph: Graph, data: Sequence[np.ndarray]) -> list[tuple]:
+def chunks(graph: Graph, data: Sequence[np.ndarray]) -> list[tuple]:
     """The user's samples in runs of `CHUNK`; in one run of the traced batch where the network fixes it."""
     axes = _batch_axes(graph)
     if not any(axes):
