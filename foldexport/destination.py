@@ -33,7 +33,7 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
     ``output`` is a folder where it is one, ends with a separator or has no suffix; such a folder may be made. Raises
     UsageError for a file that is to hold several formats, or that is named as another format is.
     """
-    name = checkpoint.stem
+    name = checkpoint.stem.removesuffix(".pth")  # net.pth.tar, as PyTorch's ImageNet example saves
     if output is None:
         return _in_folder(checkpoint.parent, name, formats)
     if _is_folder(output):

@@ -13,7 +13,9 @@ from torch import nn
 import foldexport
 from foldexport import exporters, pipeline
 from foldexport.arch import load_arch
+from foldexport.destination import plan
 from foldexport.errors import EquivalenceError, MissingDependencyError, ModelError, UsageError
+from foldexport.exporters import resolve
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.torchscript import TorchScriptExporter
 from foldexport.verify import Tolerance
@@ -134,6 +136,12 @@ def test_destinations(tmp_path):
     done = pipeline.convert(question, order("ts", output=tmp_path / "model.pt"))
     assert done.manifest_path == tmp_path / "model.manifest.json" and done.artifacts[0].path == tmp_path / "model.pt"
     assert files(tmp_path) == ["model.manifest.json", "model.pt", "net.torchscript.pt"]
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pth.tar", "net.pt", "net"])
+def test_names_come_from_the_checkpoint(name):
+    found = plan(Path("runs") / name, None, resolve("onnx"))
+    assert found.artifacts == (Path("runs/net.onnx"),) and found.manifest == Path("runs/net.manifest.json")
 
 
 # ---- networks of other kinds
