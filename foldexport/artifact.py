@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldexport.errors import UsageError
+from foldexport.exporters.pytorch import MARK
 
 if TYPE_CHECKING:
     from foldexport.verify import Comparison
@@ -96,6 +97,8 @@ def check_destination(path: str | os.PathLike, *, overwrite: bool = False) -> No
         )
     if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{target} exists already: pass --overwrite to replace it, or -o to write elsewhere.")
+    if target.suffix == ".py" and target.is_file() and MARK not in target.read_text(encoding="utf-8", errors="replace"):
+        raise UsageError(f"{target} is Python source that foldexport did not write, and is never replaced: pass another -o.")
     if not target.parent.is_dir():
         raise UsageError(
             f"cannot write {target}: the folder {target.parent} does not exist. Create it, or choose another with -o."

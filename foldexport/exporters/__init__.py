@@ -91,6 +91,15 @@ FORMATS: dict[str, Format] = {
             description="TorchScript archive, run by torch.jit or libtorch",
         ),
         Format(
+            name="pytorch",
+            target="foldexport.exporters.pytorch.exporter:PyTorchExporter",
+            suffix=".py",
+            aliases=("py", "source"),
+            packages=("torch", "safetensors"),
+            runtime="torch",
+            description="readable PyTorch source with its weights in safetensors",
+        ),
+        Format(
             name="tensorrt",
             target="foldexport.exporters.tensorrt.exporter:TensorRTExporter",
             suffix=".engine",

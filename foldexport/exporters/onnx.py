@@ -24,7 +24,8 @@ from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import onnx_model, onnx_types, sizes
+from foldexport.exporters import onnx_inner, onnx_model, onnx_types, sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 
@@ -109,6 +110,10 @@ class OnnxExporter:
             for name, value in graph.initializers.items()
             if value.const_value is not None
         }
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the file, and their values, as its nodes stand."""
+        return onnx_inner.inner(path, lambda source: _session(source, False, 0))
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and matrix products of the file by the type that they compute in."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import archive, sizes
+from foldexport.exporters import archive, sizes, torchscript_inner
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import as_array
 
@@ -88,6 +89,10 @@ class TorchScriptExporter:
             loaded.named_buffers(remove_duplicate=False)
         )
         return {name: as_array(value) for name, value in state.items()}
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the archive, and their values."""
+        return torchscript_inner.inner(_load(path))
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and linear layers of the archive by the type of their weight, which is what torch computes them in.

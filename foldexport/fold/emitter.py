@@ -43,6 +43,7 @@ class Fold:
     pinned: frozenset[str] = frozenset()
     stay: frozenset[fx.Node] = frozenset()
     undone: set[fx.Node] = field(default_factory=set)
+    exactly: dict[fx.Node, Pending] = field(default_factory=dict)  # values restored for a norm, for the sums that read them too
     _restored: dict[Stored, list[tuple[Affine, Stored]]] = field(default_factory=dict)
     _constants: dict[fx.Node, Stored] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)

@@ -63,11 +63,25 @@ class Reference:
                 unit=self.unit,
             )  # fmt: skip
         taken = [place for place, inputs in enumerate(self.inputs) if not hasattr(exporter, "takes") or exporter.takes(inputs)]
-        return compare(
+        found = compare(
             [self.outputs[place] for place in taken], exporter.load(path), [self.inputs[place] for place in taken], self.levels,
             format=exporter.name, label=exporter.runtime(), output_names=self.output_names, weights=weights,
             tolerance=tolerance, unit=self.unit, dtype=self.dtype,
         )  # fmt: skip
+        if not found.ok and module is not None and weights is not None and taken:
+            self._say_where(found, exporter, path, module, taken, weights.missing)
+        return found
+
+    def _say_where(
+        self, found: Comparison, exporter: Any, path: Path, module: nn.Module, taken: Sequence[int], missing: Sequence[str]
+    ) -> None:
+        """Add to the message which of the module's layers differs first, on the first inputs that show it."""
+        from foldexport.verify import divergence
+
+        runs = [(self.inputs[each], self.outputs[each]) for each in taken]
+        inputs = runs[divergence.failing(exporter, path, runs, self.levels, self.dtype) or 0][0]
+        said = divergence.clause(exporter, path, module, inputs, unit=self.unit, dtype=self.dtype, missing=missing)
+        found.message += f"; {said}" if said else ""
 
     def introduce(self, exporter: Any, module: nn.Module | None, tolerance: Tolerance | None = None) -> None:
         """Let an exporter that builds from another format's file prove that file before it builds.

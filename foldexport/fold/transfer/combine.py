@@ -16,6 +16,7 @@ from foldexport.trace import bound
 
 CLOSE = 1e-14  # relative: scales that are equal but for the order of their products
 EXTREME = 2.0**40  # a pending scale beyond this, or its inverse, is not multiplied with another
+WITHIN_REACH = 10.0  # octaves from 1: a single number as a trunk's scale
 TRUNK_LIMIT = 2.0**96  # and beyond this it is no longer carried by sums: float32 ends at 2^128
 
 
@@ -35,7 +36,7 @@ def add(fold: Fold, node: fx.Node) -> bool:
     if len(shape_of(left)) != rank or len(shape_of(right)) != rank:
         return False
     alpha = float(args.get("alpha", 1)) * (-1.0 if name_of(node) == "sub" else 1.0)
-    first, second = fold.pending(left), fold.pending(right)
+    first, second = (fold.exactly.get(x) or fold.pending(x) for x in (left, right))
     return _put_sum(fold, node, first, _through(second, Affine.of(alpha, 0.0, rank)))
 
 
@@ -151,9 +152,7 @@ def _restored(fold: Fold, node: fx.Node, first: Pending, second: Pending) -> tup
     """One multiplication on the operand that can take the other's scale; both to 1 when neither scale fits the other."""
     why = f"the operands of `{fold.label(node)}` carry different factors"
     ways = [(second, first, False), (first, second, True)]
-    # Towards the scale 1, which no reader has to undo; else towards the scale nearer to it, for the sum will carry it: a layer
-    # scale of 1e-5 taken by the trunk, block after block, would end in an overflow.
-    ways.sort(key=lambda way: (not way[1].affine.has_unit_scale, _distance(way[1].affine.scale)))
+    ways.sort(key=lambda way: _burden(way[1].affine))
     for movable, fixed, swap in ways:
         target = _target(movable, fixed.affine.scale)
         if target is not None and not bool((target.scale == 0).any()):
@@ -190,6 +189,15 @@ def _extreme(scale: Tensor, limit: float = EXTREME) -> bool:
     """Whether a scale other than 0 has left the range in which it can wait: products of products square it each time."""
     size = scale[scale != 0].abs()
     return bool(((size > limit) | (size < 1 / limit)).any())
+
+
+def _burden(affine: Affine) -> tuple[bool, bool, float]:
+    """What a sum at this scale would ask of its readers, smallest first: nothing of a 1, little of one positive number, which
+    norms take into their ε, more of a vector. Among equals the scale nearer to 1: a layer scale of 1e-5 that the trunk takes,
+    block after block, would end in an overflow."""
+    factor, distance = affine.uniform_scale(), _distance(affine.scale)
+    plain = factor is not None and factor > 0 and distance <= WITHIN_REACH
+    return not affine.has_unit_scale, not plain, distance
 
 
 def _distance(scale: Tensor) -> float:

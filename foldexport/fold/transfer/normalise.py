@@ -25,7 +25,10 @@ def _operand(fold: Fold, node: fx.Node, source: fx.Node) -> tuple[Pending, float
     if factor is not None and factor > 0 and pending.affine.has_zero_shift:
         return pending, factor
     why = f"`{fold.label(node)}` takes the statistics of its own input"
-    return fold.satisfy(pending, EXACT, node, why), 1.0
+    found = fold.satisfy(pending, EXACT, node, why)
+    if found.stored is not pending.stored:
+        fold.exactly[source] = found
+    return found, 1.0
 
 
 def _constants(fold: Fold, args: dict) -> tuple | None:
