@@ -58,7 +58,8 @@ def _row(name: str, row: dict) -> str:
     before, after = row["before"], row["after"]
     norms = f"{before['operators'].get('batch_norm', 0)} → {after['operators'].get('batch_norm', 0)}"
     macs = " → ".join("–" if each["multiply_adds"] is None else f"{each['multiply_adds'] / 1e6:,.0f} M" for each in (before, after))
-    noise = f"{row['noise']:.0e}, {row['multiple']:.1f}×" if row.get("noise") else "–"
+    multiple = "–" if row.get("multiple") is None else f"{row['multiple']:.1f}×"
+    noise = f"{row['noise']:.0e}, {multiple}" if row.get("noise") else "–"
     kept = "; ".join(f"{count} {rule.replace('_', ' ')}: {reason}" for rule, reason, count in row["kept"][:3])
     return (
         f"| {name} | {'×'.join(map(str, row['shape']))} | {working(before['operators'])} → {working(after['operators'])} | {norms} "

@@ -37,6 +37,8 @@ EXACT = 2.0  # an output or opaque reader would cost a multiplication and an add
 ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "threshold"})
 LEAKY = frozenset({"leaky_relu", "prelu"})
 MAX_POOLS = frozenset({"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax"})
+FARTHEST_WISH = 40.0  # octaves from 1
+LARGEST_STEP = 8.0  # octaves from sum to sum: a trunk drifts by a half at a time, a layer scale of 1e-5 is a branch's own
 AVERAGES = frozenset(
     {f"avg_pool{d}d" for d in (1, 2, 3)} | {f"adaptive_avg_pool{d}d" for d in (1, 2, 3)} | {"mean", "_adaptive_avg_pool2d"}
 )
@@ -237,11 +239,20 @@ def _collect_sum(analysis: Analysis, node: fx.Node, variables: list[fx.Node]) ->
         a = outer * view.affine.scale
         if bool((a == 0).any()) or shape_of(view.root) != shape_of(node):
             continue
-        if wish.scale is not None and _can_follow(analysis, analysis.views[other].root):
-            _keep_scale(analysis, view.root, wish.scale / a, wish.scale_weight)
+        handed = None if wish.scale is None else wish.scale / a
+        if handed is not None and _holdable(handed) and _can_follow(analysis, analysis.views[other].root):
+            _keep_scale(analysis, view.root, handed, wish.scale_weight)
         step = math.log2(float(a.abs().log().mean().exp()))
+        if abs(step) > LARGEST_STEP:
+            continue
         mine = analysis.wishes.setdefault(view.root, Wish())
         mine.low, mine.high = min(mine.low, step + wish.low), max(mine.high, step + wish.high)
+
+
+def _holdable(scale: Tensor) -> bool:
+    """Whether a wish is worth keeping: handed from sum to sum past layer scales of 1e-5, it soon is beyond what float32 holds."""
+    size = scale.abs().log2()
+    return bool(size.isfinite().all()) and float(size.abs().max()) <= FARTHEST_WISH
 
 
 def _can_follow(analysis: Analysis, root: fx.Node) -> bool:
