@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
-from foldexport.errors import ModelError, UsageError
+from foldexport.certify.rounding import HOPELESS
+from foldexport.errors import EquivalenceError, ModelError, UsageError
 from foldexport.extremes import Extremes, extremes
 from foldexport.fold.chain import chain_graph
 from foldexport.fold.constants import Constants
@@ -121,6 +122,8 @@ def fold(
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
                 continue
         break
+    if certificate is not None and dtype == torch.float32:
+        _require_digits(certificate)
     with _timed(seconds, "round"):
         result = rebuilt.to(dtype)
     return Folded(
@@ -246,6 +249,16 @@ def _rounds_to(exact: nn.Module, module: nn.Module) -> bool:
     dtypes = {each.dtype for each in module.parameters()}
     known = {(dtype, _digest(each.detach().to(dtype))) for each in exact.parameters() for dtype in dtypes}
     return all((each.dtype, _digest(each.detach())) in known for each in module.parameters())
+
+
+def _require_digits(certificate: Certificate) -> None:
+    """Raise EquivalenceError where the folded network, exact in float64, overflows or loses its digits in float32."""
+    if certificate.folded32 is None or certificate.folded32 <= HOPELESS:
+        return
+    found = certificate.rounding.warnings()[0]
+    raise EquivalenceError(
+        f"exact in float64, but not in float32: {found}. Fold it in float64 (model.double()), or export it unfolded (--no-fold)"
+    )
 
 
 def _fold_as_asked(graph: Graph, max_sigma: float, before: dict[str, int], chain: bool) -> tuple[FoldedGraph, Rebuilt]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WARN = 4.0  # multiples of the training graph's noise
 REFUSE = 8.0
-HOPELESS = 4 * REFUSE  # more samples change nothing
+HOPELESS = 1000.0  # three digits of seven: no unlucky sample among forty explains it
 MAX_BLAMED = 8
 COPIED_BYTES = 2**29  # of float64 weights; a larger network is not copied, but cast layer by layer in every run
 
