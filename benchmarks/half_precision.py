@@ -220,12 +220,16 @@ def page(networks: list[dict], checkpoints: list[dict], found: dict) -> str:
             "|---|---|---:|---:|---:|---:|---:|",
         ]  # fmt: skip
     for row in checkpoints:
-        share = lambda name, row=row: f"{row[name] / row['images']:.2%}" if name in row else "–"  # noqa: E731
         ties = f" ({row['near_ties']} near-ties)" if row["near_ties"] else ""
         lines.append(f"| {row['checkpoint']} | {row['type']} | {row['size_bytes'] / 1e6:.2f} MB | {row['noise_multiple']:.1f}× | "
-                     f"{row['agree']}/{row['counted']}{ties} | {share('correct_onnx')} | {share('correct_in_type')} |")  # fmt: skip
+                     f"{row['agree']}/{row['counted']}{ties} | "
+                     f"{_share(row, 'correct_onnx')} | {_share(row, 'correct_in_type')} |")  # fmt: skip
     lines += ["", *(f"- {name}: {value}" for name, value in found["machine"].items()), ""]
     return "\n".join(lines)
+
+
+def _share(row: dict, name: str) -> str:
+    return f"{row[name] / row['images']:.2%}" if name in row else "–"
 
 
 def main() -> None:

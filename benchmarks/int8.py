@@ -38,7 +38,10 @@ def rows_of(path: Path, data: str, limit: int | None) -> list[dict[str, Any]]:
     folded = foldexport.fold(network.module, torch.randn(1, *size))
     train, test = (load_split(data, split, size[-1]) for split in ("train", "test"))
     chosen = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))[: int8.CALIBRATION_SAMPLES]
-    as_input = lambda images: normalize(images, network.preprocessing["mean"], network.preprocessing["std"]).numpy()  # noqa: E731
+
+    def as_input(images: torch.Tensor):
+        return normalize(images, network.preprocessing["mean"], network.preprocessing["std"]).numpy()
+
     calibration = [as_input(train.images[chosen])]
     judged = int8.Samples(calibration, [as_input(test.images[:limit])], test.labels[:limit].numpy())
     rows, exporter = [], OnnxExporter()

@@ -21,12 +21,12 @@ import machine
 import torch
 from zoo_networks import Entry, entries
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import foldexport
+from tests.statistics import randomise
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import foldexport  # noqa: E402
-from tests.statistics import randomise  # noqa: E402
-
 KINDS = {"conv": "conv", "batch_norm": "batch norm", "relu": "ReLU", "add": "add", "mul": "mul", "clamp": "clamp"}
 VIEWS = ("flatten", "slice", "view", "reshape")
 

@@ -37,11 +37,15 @@ def own_run(graph: Graph, kind: NumberType, *, ranged: bool = False) -> Callable
 
     def run(inputs: tuple) -> list[Any]:
         given, values, result = iter(inputs), {}, None
+
+        def rounded(each: fx.Node) -> Any:
+            return _as_read(values[each], each in constants, cut)
+
         for node in graph.fx.nodes:
             if node.op == "output":
-                result = list(map_arg(node.args[0], lambda each: _as_read(values[each], each in constants, cut)))
+                result = list(map_arg(node.args[0], rounded))
                 break
-            read = lambda each, exact=node in constants: values[each] if exact else _as_read(values[each], each in constants, cut)  # noqa: E731
+            read = values.__getitem__ if node in constants else rounded
             if node.op == "placeholder":
                 value = next(given)
                 value = cut(value.float()) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -155,7 +155,10 @@ class _Terms:
 def exponents(module: fx.GraphModule, groups: Groups, sizes: Sizes, kind: NumberType) -> dict[int, int]:
     """The exponent e of each group's scale 2^e, by root; groups that keep their scale are left out."""
     terms, places = _Terms(), {ONE: 0}
-    place = lambda node: places.setdefault(int(groups.roots(node)[0]), len(places))  # noqa: E731
+
+    def place(node: fx.Node) -> int:
+        return places.setdefault(int(groups.roots(node)[0]), len(places))
+
     highest = math.log2(kind.largest / WANTED_HEADROOM)
     lowest = math.log2(kind.smallest_normal) + 5
     for node in groups.slots:

@@ -131,10 +131,13 @@ def _scale_numbers(module: fx.GraphModule, node: fx.Node, factor: float) -> None
         elif isinstance(layer, PADS):
             layer.value = layer.value * factor
         return
-    scale = lambda each: each * factor if isinstance(each, int | float) and not isinstance(each, bool) else each  # noqa: E731
-    first, *rest = node.args
-    node.args = (scale(first), *map(scale, rest))
-    node.kwargs = {key: each if key == "alpha" else scale(each) for key, each in node.kwargs.items()}
+    node.args = tuple(_times(each, factor) for each in node.args)
+    node.kwargs = {key: each if key == "alpha" else _times(each, factor) for key, each in node.kwargs.items()}
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A number, but no switch, times the factor; anything else as it is."""
+    return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _single(vector: Tensor) -> Any:
