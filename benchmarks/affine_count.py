@@ -24,6 +24,8 @@ PRODUCTS = CONVS | {"MatMul", "Gemm"}
 NORMALISATIONS = frozenset({"MVN", "GroupNormalization", "LayerNormalization", "InstanceNormalization", "RMS"})
 MOVES = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "CastLike", "Convert", "Expand", "Broadcast",
                    "Slice", "Split", "Concat", "Gather"})  # fmt: skip
+VIEWS = frozenset({"Transpose", "Reshape", "Flatten", "Unsqueeze", "Squeeze", "Identity", "Cast", "CastLike", "Convert", "Expand",
+                   "Broadcast", "Parameter", "Result"})  # fmt: skip
 CONSTANT = frozenset({"Constant", "Shape", "ShapeOf", "Size"})  # a shape is no value of the data
 
 
@@ -54,6 +56,18 @@ def count(nodes: Iterable[Node], stored: Iterable[str]) -> dict[str, int]:
         if kind and not (kind != "norms" and _belongs(node, kind, maker, readers, constants)):
             found[kind] += 1
     return {kind: found[kind] for kind in ("norms", "scales", "shifts", "weights")}
+
+
+def operators(nodes: Iterable[Node], stored: Iterable[str]) -> int:
+    """Operators that run on the data at each inference, views and the biases of layers aside, and computed weights."""
+    nodes = list(nodes)
+    constants, computed = _constants(nodes, stored)
+    maker = {name: node for node in nodes for name in node.outputs}
+    readers = Counter(name for node in nodes for name in set(node.inputs))
+    running = [node for node in nodes if not (node.outputs and node.outputs[0] in constants) and node.op not in VIEWS]
+    biases = sum(_kind(node, constants) == "shifts" and _is_bias(node, maker, readers, constants) for node in running)
+    weights = sum(node.op in PRODUCTS and any(name in computed for name in node.inputs[1:2]) for node in running)
+    return len(running) - biases + weights
 
 
 def _constants(nodes: list[Node], stored: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -95,13 +109,25 @@ def _belongs(node: Node, kind: str, maker: Mapping[str, Node], readers: Counter,
         return True
     if kind == "shifts" and _kind(before, constants) == "scales":
         return True  # counted there, or a normalisation's own
-    if kind == "shifts" and before.op in PRODUCTS:
-        return len(before.inputs) == 2 and before.inputs[1] in constants
-    return False
+    return kind == "shifts" and _is_bias(node, maker, readers, constants)
+
+
+def _is_bias(node: Node, maker: Mapping[str, Node], readers: Counter, constants: set[str]) -> bool:
+    """Whether a shift is the bias of a convolution or a matrix product that has none and that nothing else reads."""
+    source = next((name for name in node.inputs if name not in constants), None)
+    before = maker.get(source)
+    if before is None or readers[source] > 1 or before.op not in PRODUCTS:
+        return False
+    return len(before.inputs) == 2 and before.inputs[1] in constants
 
 
 def of_onnx(model) -> dict[str, int]:
-    """Of an ONNX graph without subgraphs."""
+    """Affine operators of an ONNX graph without subgraphs."""
+    return count(onnx_nodes(model), [each.name for each in model.graph.initializer])
+
+
+def onnx_nodes(model) -> list[Node]:
+    """The nodes of an ONNX graph without subgraphs."""
     import onnx
 
     graph = model.graph
@@ -116,17 +142,21 @@ def of_onnx(model) -> dict[str, int]:
             if node.op_type == "Constant" and attribute.name == "value":
                 sizes[node.output[0]], types[node.output[0]] = tuple(attribute.t.dims), attribute.t.data_type
     floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-    read = [
+    return [
         Node(node.op_type, names := tuple(name for name in node.input if name), tuple(node.output),
              tuple(_without_ones(sizes.get(name)) for name in names),
              all(types[name] in floats for name in names if name in types))
         for node in graph.node
     ]  # fmt: skip
-    return count(read, [each.name for each in graph.initializer])
 
 
 def of_openvino(model) -> dict[str, int]:
-    """Of an ``openvino.Model``."""
+    """Affine operators of an ``openvino.Model``."""
+    return count(openvino_nodes(model), ())
+
+
+def openvino_nodes(model) -> list[Node]:
+    """The operators of an ``openvino.Model``."""
     read = []
     for op in model.get_ordered_ops():
         ins = op.inputs()
@@ -135,7 +165,7 @@ def of_openvino(model) -> dict[str, int]:
             tuple(_without_ones(tuple(s.get_length() if s.is_static else 2 for s in each.get_partial_shape())) for each in ins),
             not op.outputs() or op.output(0).get_element_type().is_real(),
         ))  # fmt: skip
-    return count(read, ())
+    return read
 
 
 def _name(output) -> str:
