@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 
 from foldexport.precision.types import NumberType, rounded
 
@@ -39,12 +38,18 @@ def in_half(
         if node.op == "call_function" and node in types:
             if node.target is torch.ops.aten.view.default:  # half kernels leave other strides than those that were traced
                 node.target = torch.ops.aten.reshape.default
-            swap = lambda each, to=types[node]: to if isinstance(each, torch.dtype) and each in FLOATS else each  # noqa: E731
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), swap)
+            node.args, node.kwargs = with_type(node, types[node])
     _cast(result.graph, types, torch.float32 if not half_io else kind.dtype)
     result.graph.lint()
     result.recompile()
     return result.eval()
+
+
+def with_type(node: fx.Node, dtype: torch.dtype) -> tuple[tuple, dict]:
+    """The node's arguments, with ``dtype`` for every real type among them."""
+    return fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda each: dtype if isinstance(each, torch.dtype) and each in FLOATS else each
+    )
 
 
 def types_of(
@@ -120,8 +125,7 @@ def _holds_list(node: fx.Node) -> bool:
 
 
 def _rewire(user: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    swap = lambda each: new if each is old else each  # noqa: E731
-    user.args, user.kwargs = map_arg(user.args, swap), map_arg(user.kwargs, swap)
+    user.replace_input_with(old, new)
 
 
 class PlainHalf(nn.Module):
@@ -137,6 +141,9 @@ class PlainHalf(nn.Module):
         self.forward = positional
 
     def forward(self, *inputs: Any) -> Any:
-        change = lambda value, to: value.to(to) if isinstance(value, Tensor) and value.is_floating_point() else value  # noqa: E731
-        given = [change(value, self._dtype) for value in inputs]
-        return torch.utils._pytree.tree_map(lambda value: change(value, self._outside), self.network(*given))
+        given = [_to(value, self._dtype) for value in inputs]
+        return torch.utils._pytree.tree_map(lambda value: _to(value, self._outside), self.network(*given))
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
