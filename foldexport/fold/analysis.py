@@ -124,11 +124,20 @@ def _count_reads(analysis: Analysis, node: fx.Node) -> None:
 
 
 def _common_affine(analysis: Analysis, users: dict[fx.Node, list[fx.Node]], root: fx.Node) -> Affine | None:
-    """The affine through which every reader sees ``root``: its maker can take that whole."""
+    """The affine through which every reader sees ``root``: its maker can take that whole.
+
+    It ends in front of an affine along several axes, which no maker of such a tensor takes.
+    """
     current = root
-    while len(users.get(current, ())) == 1 and users[current][0] in analysis.rules:
+    while len(users.get(current, ())) == 1 and _is_narrow(analysis, users[current][0]):
         current = users[current][0]
     return None if current is root else analysis.views[current].affine
+
+
+def _is_narrow(analysis: Analysis, node: fx.Node) -> bool:
+    """Whether ``node`` is an affine along one axis at most."""
+    rule = analysis.rules.get(node)
+    return rule is not None and len(rule[1].axes()) <= 1
 
 
 def _view_of(analysis: Analysis, node: fx.Node) -> View:

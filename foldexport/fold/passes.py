@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.fold.affine import Affine
-from foldexport.fold.analysis import analyse
+from foldexport.fold.analysis import Analysis, analyse
 from foldexport.fold.constants import Constants
 from foldexport.fold.conv import Conv
 from foldexport.fold.emitter import Fold, why_exact
@@ -90,7 +90,10 @@ def _restored_once(fold: Fold, node: fx.Node, value: Pending) -> Pending:
     current = value.current()
     if current.affine.is_identity:
         return value
-    why = "folding it would take more operators than it saves" if reader is node else why_exact(fold, reader)
+    why = why_exact(fold, reader)
+    if reader is node:
+        many = len(value.affine.axes()) > 1
+        why = "it varies over more than the channels" if many else "folding it would take more operators than it saves"
     return fold.satisfy(current, EXACT, reader, why)
 
 
@@ -189,9 +192,21 @@ def fold_graph(graph: Graph, max_sigma: float = MAX_SIGMA, stay: frozenset[fx.No
     """
     constants = Constants(graph)
     analysis = analyse(graph, constants, max_sigma)
+    stay |= scattered(analysis)
     folded = run(Fold(analysis, stay=stay))
     dear = costly_copies(folded.order)
     return run(Fold(analysis, pinned=dear, stay=stay)) if dear else folded
+
+
+def scattered(analysis: Analysis) -> frozenset[fx.Node]:
+    """Affine operators along several axes whose value is read more than once: an embedding of positions added to a trunk.
+
+    No convolution takes such an affine, so it would come out at every reader: it is cheapest where it stands.
+    """
+    return frozenset(
+        node for node, (_, outer) in analysis.rules.items()
+        if len(outer.axes()) > 1 and analysis.reads.get(analysis.views[node].root, 0) > 1
+    )  # fmt: skip
 
 
 def costly_copies(order: list[Stored]) -> frozenset[str]:
