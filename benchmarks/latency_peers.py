@@ -1,12 +1,13 @@
 """Latency of folded networks under onnxruntime and OpenVINO, against the unfolded network and against the best peer's file.
 
-    python benchmarks/latency_peers.py [--only REGEX] [--rounds 25] [--processes 5] [--runtimes onnxruntime,openvino] [--page]
+    python benchmarks/latency_peers.py [--only REGEX] [--rounds 12] [--processes 12] [--runtimes onnxruntime,openvino] [--page]
 
 One thread, 224x224, batch 1, float32 (OpenVINO is told so: it runs in bf16 where the processor can). All files of a network take
-turns in an order drawn anew in each round, behind warm-up rounds, in several processes, since two loads of one file can differ by
-percents. Ratios and their 95 % intervals are those of ``foldexport bench``. The best peer is the one with the lowest median in that
-runtime. Files whose output is another are left out, and named. Exits 1 where folding is slower than the best peer: where an
-interval lies above 1 that is wide enough to hold for all the table's comparisons at once (Bonferroni).
+turns in an order drawn anew in each round, behind warm-up rounds. Two loads of one file can differ by percents, and the order in
+which files are loaded counts, so there are several processes, and each loads them in another order. Ratios and their 95 % intervals
+are those of ``foldexport bench``. The best peer is the one with the lowest median in that runtime. Files whose output is another
+are left out, and named. Exits 1 where folding is slower than the best peer: where an interval lies above 1 that is wide enough to
+hold for all the table's comparisons at once (Bonferroni).
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import machine
+import numpy as np
+import onnx
+import peers
+import torch
+from interleaved import latencies_ms, sessions
+from torch import nn
+
+import foldexport
+from foldexport.benchmark import statistics
+from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.options import ExportOptions
+from tests.statistics import randomise
+from tests.torchvision_schemas import declare_missing
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import machine  # noqa: E402
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-import peers  # noqa: E402
-import torch  # noqa: E402
-from interleaved import latencies_ms, sessions  # noqa: E402
-from torch import nn  # noqa: E402
-
-import foldexport  # noqa: E402
-from foldexport.benchmark import statistics  # noqa: E402
-from foldexport.exporters.onnx import OnnxExporter  # noqa: E402
-from foldexport.exporters.options import ExportOptions  # noqa: E402
-from tests.statistics import randomise  # noqa: E402
-from tests.torchvision_schemas import declare_missing  # noqa: E402
-
 SHAPE = (1, 3, 224, 224)
 CLOSE = 1e-3  # of peak, in float32: a file that is further off computes something else
 BUSY = 1.5  # load at which others use the machine: this run is 1 of it
@@ -89,7 +90,8 @@ def files(network: nn.Module, folder: Path) -> tuple[dict[str, Path], dict[str, 
     example = torch.randn(SHAPE)
     folded = foldexport.fold(copy.deepcopy(network), example, certify=False)
     paths = {"folded": folder / "folded.onnx"}
-    OnnxExporter().export(folded.module, (example,), paths["folded"], ExportOptions(opset=peers.OPSET, dynamic=()))
+    exporter = OnnxExporter()
+    exporter.export(exporter.suited(folded.module), (example,), paths["folded"], ExportOptions(opset=peers.OPSET, dynamic=()))
     ways: dict[str, Callable] = {
         "unfolded": lambda: peers.onnx_program(network, example, optimise=False).model_proto,
         "torch.onnx + onnxsim": lambda: _exported(network, example),
@@ -145,9 +147,14 @@ def measure(build: Callable[[], nn.Module], runtimes: list[str], rounds: int, pr
         row["nodes"] = {name: dict(Counter(node.op_type for node in onnx.load(path).graph.node)) for name, path in paths.items()}
         for runtime in runtimes:
             before = machine.load()
-            taken = [_in_a_process(runtime, paths, rounds, missing) for _ in range(processes)]
+            taken = [_in_a_process(runtime, _in_order(paths, process), rounds, missing) for process in range(processes)]
             row[runtime] = _compared(taken) | {"load": [before, machine.load()], "rounds": rounds, "processes": processes}
     return row
+
+
+def _in_order(paths: dict[str, Path], process: int) -> dict[str, Path]:
+    """The files in the order in which this process loads them."""
+    return {name: paths[name] for name in np.random.default_rng(process).permutation(list(paths)).tolist()}
 
 
 def _in_a_process(runtime: str, paths: dict[str, Path], rounds: int, missing: dict[str, str]) -> dict[str, list[float]]:
@@ -219,10 +226,11 @@ def page(found: dict) -> str:
         "# Latency against peers",
         "",
         f"Generated by `python benchmarks/latency_peers.py`, {found['date']}. One thread, 224x224, batch 1, float32, random "
-        "weights and statistics. Interleaved rounds in random order, in several processes; ratios are of latencies, folded over "
-        "the other, with 95 % intervals: below 1 folding is faster. *Unfolded*: `torch.onnx.export` of the training graph, its "
-        "optimiser off; the runtime then optimises every file alike. *Best peer*: the file with the lowest median among torch.onnx "
-        "with its optimiser and onnxsim, torch.fx fuse in front of that, and, where there is one, the network's own method in "
+        "weights and statistics. Interleaved rounds in random order, in several processes, each of which loads the files in "
+        "another order; ratios are of latencies, folded over the other, with 95 % intervals: below 1 folding is faster. "
+        "*Unfolded*: `torch.onnx.export` of the training graph, its optimiser off; the runtime then optimises every file alike. "
+        "*Best peer*: the file with the lowest median among torch.onnx with its optimiser and onnxsim, torch.fx fuse in front "
+        "of that, and, where there is one, the network's own method in "
         "front of that.",
         "",
         *([shared, ""] if shared else []),
@@ -252,8 +260,8 @@ def page(found: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="networks whose title matches")
-    parser.add_argument("--rounds", type=int, default=25, help="in each process")
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12, help="in each process")
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--runtimes", default=",".join(RUNTIMES), type=lambda text: text.split(","))
     parser.add_argument("--page", action="store_true", help="write the page again from what was measured")
