@@ -10,17 +10,18 @@ from pathlib import Path
 
 from foldexport.artifact import check_destination
 from foldexport.errors import UsageError
-from foldexport.exporters import FORMATS, Format
+from foldexport.exporters import Format, named
 
 MANIFEST_SUFFIX = ".manifest.json"
 
 
 @dataclass(frozen=True)
 class Destination:
-    """One file per format, in the order asked for, and the manifest beside them."""
+    """The first file of each format, in the order asked for, its companions, and the manifest beside them."""
 
     artifacts: tuple[Path, ...]
     manifest: Path
+    companions: tuple[tuple[Path, ...], ...]
 
     @property
     def folder(self) -> Path:
@@ -36,7 +37,7 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
     name = checkpoint.stem.removesuffix(".pth")  # net.pth.tar, as PyTorch's ImageNet example saves
     if output is None:
         return _in_folder(checkpoint.parent, name, formats)
-    if _is_folder(output):
+    if is_folder(output) and not (formats[0].folder and named(output) is formats[0]):
         return _in_folder(Path(output), name, formats)
     path = Path(output)
     if len(formats) > 1:
@@ -44,30 +45,35 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
         raise UsageError(
             f"-o {path} names one file, but {len(formats)} formats are asked for ({asked}): name a folder."
         )
-    others = [row for row in FORMATS.values() if path.name.endswith(row.suffix) and row is not formats[0]]
-    if others and not path.name.endswith(formats[0].suffix):
-        raise UsageError(f"-o {path} is named as {others[0].name}, but --to asks for {formats[0].name}.")
+    other = named(path)
+    if other is not None and other is not formats[0]:
+        raise UsageError(f"-o {path} is named as {other.name}, but --to asks for {formats[0].name}.")
     suffix = formats[0].suffix
     base = path.name.removesuffix(suffix) if path.name.endswith(suffix) else path.stem
-    return Destination((path,), path.with_name(f"{base}{MANIFEST_SUFFIX}"))
+    return Destination((path,), path.with_name(f"{base}{MANIFEST_SUFFIX}"), (formats[0].beside(path),))
 
 
-def _is_folder(output: Path | str) -> bool:
+def is_folder(output: Path | str) -> bool:
+    """Whether ``output`` is a folder, or is named as one that may be made."""
     text = str(output)
     return text.endswith((os.sep, "/")) or Path(text).is_dir() or not Path(text).suffix
 
 
 def _in_folder(folder: Path, name: str, formats: Sequence[Format]) -> Destination:
-    return Destination(tuple(folder / f"{name}{row.suffix}" for row in formats), folder / f"{name}{MANIFEST_SUFFIX}")
+    artifacts = tuple(folder / f"{name}{row.suffix}" for row in formats)
+    companions = tuple(row.beside(path) for row, path in zip(formats, artifacts, strict=True))
+    return Destination(artifacts, folder / f"{name}{MANIFEST_SUFFIX}", companions)
 
 
 def check(destination: Destination, checkpoint: Path, *, overwrite: bool) -> None:
     """Raise UsageError unless every file can be put in place, before any work; the checkpoint is never replaced."""
-    for path in (*destination.artifacts, destination.manifest):
-        if os.path.exists(path) and os.path.exists(checkpoint) and os.path.samefile(path, checkpoint):
-            raise UsageError(f"{path} is the checkpoint itself: choose another name or folder with -o.")
+    everything = [*zip(destination.artifacts, destination.companions, strict=True), (destination.manifest, ())]
+    for path, companions in everything:
+        for each in (path, *companions):
+            if os.path.exists(each) and os.path.exists(checkpoint) and os.path.samefile(each, checkpoint):
+                raise UsageError(f"{each} is the checkpoint itself: choose another name or folder with -o.")
         with made(destination.folder):
-            check_destination(path, overwrite=overwrite)
+            check_destination(path, overwrite=overwrite, companions=companions)
 
 
 @contextmanager

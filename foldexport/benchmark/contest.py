@@ -17,7 +17,7 @@ from foldexport.benchmark.runtimes import RUNTIMES, version
 from foldexport.benchmark.timing import Entry, Measurement
 from foldexport.benchmark.worker import Task
 from foldexport.errors import EquivalenceError
-from foldexport.verify import Comparison, Tolerance, compare
+from foldexport.verify import Comparison, Tolerance, compare, on_device
 
 SECONDS = 6.0  # of timing, of all processes of one measurement together
 PROCESSES = 6
@@ -109,11 +109,11 @@ def _collect(
         samples.alone.append(record)
         alone.append(processes.outputs_of(done)[0])
     if alone:
-        comparisons = check(case, alone, settings.rtol)
+        comparisons = check(case, alone, settings.rtol, settings.device)
     for place, each in enumerate(processes.plan(task, settings.processes, settings.seed)):
         progress(f"timing {what}: process {place + 1} of {settings.processes}")
         record, done = processes.run(each, folder, f"process_{place}", environ)
-        again = check(case, processes.outputs_of(done), settings.rtol)
+        again = check(case, processes.outputs_of(done), settings.rtol, settings.device)
         comparisons = comparisons or again
         latencies_s, disturbed = processes.latencies_of(done)
         samples.records.append(record)
@@ -122,7 +122,15 @@ def _collect(
     return samples, comparisons
 
 
-def check(case: Case, outputs: Sequence[Sequence[np.ndarray]], rtol: float | None) -> list[Comparison]:
+def _noise(case: Case, outputs: Sequence[Sequence[np.ndarray]], expected: Sequence[Tensor], device: str) -> list[float]:
+    """The training graph's own noise; on a GPU as it is in this runtime there, the baseline's (foldexport.verify.on_device)."""
+    if device == "cpu":
+        return case.levels
+    there = on_device.noise([outputs[case.baseline]], [expected], case.levels)
+    return there if on_device.times(there, case.levels) <= on_device.OWN_ALLOWED else case.levels
+
+
+def check(case: Case, outputs: Sequence[Sequence[np.ndarray]], rtol: float | None, device: str = "cpu") -> list[Comparison]:
     """Every variant's outputs against the training graph's, or the baseline's. Raises EquivalenceError."""
     inputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in case.arrays]
     known = case.expected is not None
@@ -130,7 +138,7 @@ def check(case: Case, outputs: Sequence[Sequence[np.ndarray]], rtol: float | Non
     expected = [each.double() if each.is_floating_point() else each for each in expected or ()]
     allowed = rtol if rtol is not None or known else RTOL
     # Eight times the noise is what may differ, so an eighth of what is allowed takes its place.
-    levels = case.levels if allowed is None else [allowed / 8] * len(expected)
+    levels = _noise(case, outputs, expected, device) if allowed is None else [allowed / 8] * len(expected)
     found = []
     for variant, computed in zip(case.variants, outputs, strict=True):
         row = RUNTIMES[variant.runtime]

@@ -42,6 +42,10 @@ def choose(path: Path, asked: Sequence[Runtime]) -> list[Runtime]:
     if not there:
         known = ", ".join(suffixes())
         raise UsageError(f"{path}: several files are timed against one another, and this one is none of {known}.")
+    format = exporters.named(path)
+    for each in format.beside(path) if format is not None else ():
+        if not each.is_file():
+            raise UsageError(f"{path}: its {each.name} is not beside it: copy it there.")
     for row in asked:
         if row not in there:
             names = ", ".join(each.name for each in there)

@@ -161,8 +161,9 @@ def available(wish: Wish) -> tuple[list[Runtime], dict[str, str]]:
             raise UsageError(f"{row.name} {reason}.")
     if wish.runtimes:
         return list(wish.runtimes), {}
-    reasons = {row.name: missing(row, device) or unsuited(row, device) for row in RUNTIMES.values()}
-    rows = [row for row in RUNTIMES.values() if not reasons[row.name]]
+    usual = [row for row in RUNTIMES.values() if row.by_default]
+    reasons = {row.name: missing(row, device) or unsuited(row, device) for row in usual}
+    rows = [row for row in usual if not reasons[row.name]]
     return rows, {name: reason for name, reason in reasons.items() if reason}
 
 

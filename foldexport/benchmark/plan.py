@@ -27,6 +27,7 @@ from foldexport.trace import Graph
 from foldexport.verify.golden import golden_inputs
 
 NAMES = ("unfolded", "folded")
+SIZED = ("tensorrt", "executorch", "litert")  # formats whose files take one size, or some sizes
 
 
 class Networks:
@@ -79,10 +80,10 @@ class Networks:
         return [self._levels[place] for place, leaf in enumerate(leaves) if _is_tensor(leaf)]
 
     def _variants(self, row: Runtime, arrays: Sequence[np.ndarray]) -> list[Variant]:
-        # An engine is built for its sizes; everything else keeps its batch free where the network allows.
-        key = (row.reads, *(str(array.shape) for array in arrays if row.reads == "tensorrt"))
+        # Some are built for their sizes; everything else keeps its batch free where the network allows.
+        key = (row.reads, *(str(array.shape) for array in arrays if row.reads in SIZED))
         if key not in self._written:
-            fixed = tuple(torch.from_numpy(array) for array in arrays) if row.reads == "tensorrt" else None
+            fixed = tuple(torch.from_numpy(array) for array in arrays) if row.reads in SIZED else None
             self._written[key] = [
                 self._write(name, module, row.reads, fixed) for name, module in zip(NAMES, self._modules, strict=True)
             ]
@@ -97,11 +98,12 @@ class Networks:
             file, why = transport.save(module, example, folder / "network.torch", free_batch=free)
             note = f"{name} is timed as its exported graph in PyTorch: {why}" if why else ""
             return Variant(name, "", file, _size(folder), None, note)
+        exporters.require_writable(exporters.get(reads))
         exporter = exporters.exporter(exporters.get(reads))
         file = folder / f"network{exporter.suffix}"
         options = ExportOptions(dynamic=("batch",) if free and fixed is None else ())
-        notes = exporter.export(module, fixed or self._example, file, options)
-        if reads == "tensorrt":  # an engine is opened only beside a manifest that names its hash
+        notes = exporter.export(exporters.suited(exporter, module), fixed or self._example, file, options)
+        if reads in ("tensorrt", "aotinductor"):  # executable code is opened only beside a manifest that names its hash
             (folder / "network.manifest.json").write_text(json.dumps(_manifest(file, notes)), encoding="utf-8")
         return Variant(name, "", file, _size(folder), (notes or {}).get("nodes"))
 
@@ -129,7 +131,8 @@ def distinct(paths: Sequence[Path]) -> list[str]:
 
 def beside(path: Path) -> list[Path]:
     """The file and the data that lies beside it: ``net.onnx.data``, ``net.bin`` of ``net.xml``."""
-    more = [path.with_name(f"{path.name}.data"), *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+    row = exporters.named(path)
+    more = [path.with_name(f"{path.name}.data"), *(row.beside(path) if row is not None else ())]
     return [path, *(each for each in more if each.is_file())]
 
 

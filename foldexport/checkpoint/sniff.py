@@ -44,6 +44,7 @@ STRANGERS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"Rar!", "is a RAR archive; unpack it and pass the checkpoint inside"),
     (0, b"\x89HDF\r\n", "is an HDF5 file (Keras weights?); foldexport reads PyTorch checkpoints"),
     (4, b"TFL3", "is a TensorFlow Lite model, already exported; foldexport reads the PyTorch checkpoint it came from"),
+    (4, b"ORTM", "is an onnxruntime model, already exported; foldexport reads the PyTorch checkpoint it came from"),
     (0, b"GGUF", "is a GGUF model; foldexport reads PyTorch checkpoints"),
     (0, b"\x93NUMPY", "is a single NumPy array; foldexport reads PyTorch checkpoints"),
     (0, b"\x89PNG", "is a PNG picture; foldexport reads PyTorch checkpoints"),
@@ -144,6 +145,10 @@ def _zip_kind(path: Path) -> str:
         raise CheckpointError(
             f"{path}: a NumPy .npz archive of {len(names)} arrays; foldexport reads PyTorch checkpoints."
         )
+    if any("/data/aotinductor/" in f"/{name}" for name in names):
+        raise CheckpointError(
+            f"{path}: is a network compiled by AOTInductor, already exported; foldexport reads the PyTorch checkpoint it came from."
+        )
     raise CheckpointError(f"{path}: a zip archive without a checkpoint layout, of {_listed(names)}; {_unpack(names)}.")
 
 
@@ -209,6 +214,10 @@ def _refuse_text(path: Path, head: bytes) -> None:
         return
     if text.startswith("version https://git-lfs.github.com/spec/"):
         _refuse_lfs_pointer(path, text)
+    if re.match(r"(<\?xml[^>]*>\s*)?<net\s", text):
+        raise CheckpointError(
+            f"{path}: is an OpenVINO graph, already exported; foldexport reads the PyTorch checkpoint it came from."
+        )
     if re.match(r"<(!doctype html|html|head|\?xml)", text, re.IGNORECASE):
         _refuse_html(path, text)
     if text.startswith("{"):

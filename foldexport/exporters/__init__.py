@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from foldexport.errors import MissingDependencyError, UsageError
@@ -23,11 +24,16 @@ class Format:
     name, aliases: what ``--to`` accepts.
     target: ``"module:Class"`` of the exporter, imported on first use.
     suffix: appended to the artifact's base name.
+    companions: suffixes of the further files that a format always writes beside the first: ``.bin`` of OpenVINO's ``.xml``.
     extra: of ``pip install 'foldexport[extra]'``; empty for core formats.
     packages: import names that writing and running the format need.
     runtime: distribution whose version the comparison reports.
     probe: ``"module:function"`` that says (runtime, version, remark) where packages alone do not tell.
+    folder: the artifact is a folder that its users handle as one file.
+    needs: ``"module:function"`` that raises MissingDependencyError for what no package brings and writing needs: a compiler.
     fixed_by_default: its files take the example's sizes only, unless the user says which others.
+    from_onnx: it is made from the ONNX file of the same network, so ``--opset`` says something about it.
+    precisions: that its files can be in, of those that are rounded to; int8 has rules of its own.
     """
 
     name: str
@@ -40,10 +46,38 @@ class Format:
     description: str = ""
     probe: str = ""
     fixed_by_default: bool = False
+    companions: tuple[str, ...] = ()
+    needs: str = ""
+    from_onnx: bool = False
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    folder: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+    @property
+    def file_names(self) -> str:
+        """How its files are called, "NAME.xml + NAME.bin"."""
+        return " + ".join(f"NAME{suffix}" for suffix in (self.suffix, *self.companions))
+
+    def beside(self, path: str | Path) -> tuple[Path, ...]:
+        """Where the companions of the artifact at ``path`` are: ``net.bin`` of ``net.xml``.
+
+        Raises :class:`UsageError` where the name does not end as the format's do: its runtime finds them by that name.
+        """
+        path = Path(path)
+        if not self.companions:
+            return ()
+        base = path.name.removesuffix(self.suffix)
+        if base in ("", path.name):
+            mistaken = [path.name.removesuffix(suffix) for suffix in self.companions if path.name.endswith(suffix)]
+            stem = next(iter(mistaken), path.stem) or "net"
+            raise UsageError(
+                f"{path}: {self.name} is {self.file_names.replace(' + ', ' and ')}, found by these names: "
+                f"wanted {path.with_name(stem + self.suffix)}."
+            )
+        return tuple(path.with_name(base + suffix) for suffix in self.companions)
 
     @property
     def install(self) -> str:
@@ -80,6 +114,7 @@ FORMATS: dict[str, Format] = {
             packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
             runtime="onnxruntime",
             description="ONNX, run by onnxruntime",
+            from_onnx=True,
         ),
         Format(
             name="torchscript",
@@ -110,6 +145,102 @@ FORMATS: dict[str, Format] = {
             probe="foldexport.exporters.tensorrt.flavour:status",
             fixed_by_default=True,
         ),
+        Format(
+            name="openvino",
+            target="foldexport.exporters.open_vino:OpenVinoExporter",
+            suffix=".xml",
+            companions=(".bin",),
+            aliases=("ov", "ir"),
+            extra="openvino",
+            packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim", "openvino"),
+            runtime="openvino",
+            description="OpenVINO IR, for Intel processors, GPUs and NPUs",
+        ),
+        Format(
+            name="pt2",
+            target="foldexport.exporters.pt2:ProgramExporter",
+            suffix=".pt2",
+            aliases=("torch.export", "exported"),
+            packages=("torch",),
+            runtime="torch",
+            description="program of torch.export, run by PyTorch without the network's code",
+        ),
+        Format(
+            name="aotinductor",
+            target="foldexport.exporters.aotinductor.exporter:AOTInductorExporter",
+            suffix=".aoti.pt2",
+            aliases=("aoti",),
+            packages=("torch",),
+            runtime="torch",
+            description="network compiled ahead of time by TorchInductor, run by libtorch",
+            probe="foldexport.exporters.aotinductor.compiler:status",
+            needs="foldexport.exporters.aotinductor.compiler:require",
+        ),
+        Format(
+            name="ort",
+            target="foldexport.exporters.ort:OrtExporter",
+            suffix=".ort",
+            aliases=("onnxruntime-mobile",),
+            packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
+            runtime="onnxruntime",
+            description="onnxruntime's own format, also for its mobile and minimal builds",
+            from_onnx=True,
+            precisions=("fp32",),
+        ),
+        Format(
+            name="onnxruntime-web",
+            target="foldexport.exporters.web.exporter:WebExporter",
+            suffix=".web.onnx",
+            aliases=("web", "ort-web"),
+            packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
+            description="ONNX for browsers, run by onnxruntime-web under Node",
+            probe="foldexport.exporters.web.node:status",
+            needs="foldexport.exporters.web.node:require",
+            from_onnx=True,
+            precisions=("fp32", "fp16"),
+        ),
+        Format(
+            name="executorch",
+            target="foldexport.exporters.executorch:ExecuTorchExporter",
+            suffix=".pte",
+            aliases=("pte", "et"),
+            extra="executorch",
+            packages=("torch", "executorch"),
+            runtime="executorch",
+            description="ExecuTorch program for CPUs of phones and boards, by XNNPACK",
+        ),
+        Format(
+            name="litert",
+            target="foldexport.exporters.litert:LiteRTExporter",
+            suffix=".tflite",
+            aliases=("tflite", "tensorflow-lite"),
+            extra="litert",
+            packages=("torch", "litert_torch", "ai_edge_litert"),
+            runtime="ai-edge-litert",
+            description="LiteRT (TensorFlow Lite) for phones and boards",
+        ),
+        Format(
+            name="ncnn",
+            target="foldexport.exporters.ncnn:NcnnExporter",
+            suffix=".ncnn.param",
+            companions=(".ncnn.bin",),
+            extra="ncnn",
+            packages=("torch", "ncnn", "pnnx"),
+            runtime="ncnn",
+            description="ncnn for phones and boards, one sample at a time",
+        ),
+        Format(
+            name="coreml",
+            target="foldexport.exporters.coreml.exporter:CoreMLExporter",
+            suffix=".mlpackage",
+            folder=True,
+            aliases=("core-ml", "mlpackage"),
+            extra="coreml",
+            packages=("torch", "coremltools"),
+            description="Core ML package for Apple's devices; written anywhere, run on macOS",
+            probe="foldexport.exporters.coreml:status",
+            fixed_by_default=True,
+        ),
     )
 }
 
@@ -127,6 +258,13 @@ def get(name: str) -> Format:
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"formats are {', '.join(FORMATS)}."
     raise UsageError(f"unknown format {name.strip()!r}: {hint} `foldexport formats` lists them all.")
+
+
+def named(path: str | Path) -> Format | None:
+    """The format whose suffix the name has, the longest where one ends with another; None where it has none."""
+    name = Path(path).name
+    fitting = [row for row in FORMATS.values() if name.endswith(row.suffix)]
+    return max(fitting, key=lambda row: len(row.suffix), default=None)
 
 
 def resolve(names: str) -> list[Format]:
@@ -147,6 +285,14 @@ def require_installed(row: Format) -> None:
         raise MissingDependencyError(_missing_message(row, missing))
 
 
+def require_writable(row: Format) -> None:
+    """Raise :class:`MissingDependencyError` where anything that writing the format needs is missing."""
+    require_installed(row)
+    if row.needs:
+        module, _, name = row.needs.partition(":")
+        getattr(importlib.import_module(module), name)()
+
+
 def exporter(row: Format) -> Any:
     """An instance of the format's exporter.
 
@@ -160,6 +306,11 @@ def exporter(row: Format) -> Any:
         raise MissingDependencyError(
             f"{row.name}: a package is installed but does not import ({error}): {row.install}"
         ) from error
+
+
+def suited(exporter: Any, module: Any) -> Any:
+    """The module in the form that the exporter's runtime runs fastest: the same values, exactly, by other operators."""
+    return exporter.suited(module) if hasattr(exporter, "suited") else module
 
 
 def status() -> list[Status]:

@@ -24,10 +24,11 @@ from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import onnx_inner, onnx_model, onnx_types, sizes
+from foldexport.exporters import onnx_devices, onnx_inner, onnx_model, onnx_types, rectifiers, sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
+from foldexport.threads import share
 
 EXTERNAL_DATA_ABOVE_BYTES = 2**31 - 2**25  # protobuf's limit, less room for the graph
 SMALL_TENSOR_BYTES = 1024  # stays in the graph file when the others lie outside
@@ -40,6 +41,7 @@ class OnnxExporter:
 
     name = "onnx"
     suffix = ".onnx"
+    devices = ("cpu", "cuda")
 
     def export(
         self,
@@ -91,14 +93,26 @@ class OnnxExporter:
             "nodes": len(proto.graph.node),
         }
 
-    def load(self, path: str | Path, *, optimise: bool = True, threads: int = 0) -> Callable[..., list[np.ndarray]]:
-        """A callable that runs the file in onnxruntime on the CPU, ``*arrays -> [arrays]``.
+    def load(
+        self, path: str | Path, *, optimise: bool = True, threads: int = 0, device: str = "cpu"
+    ) -> Callable[..., list[np.ndarray]]:
+        """A callable that runs the file in onnxruntime, ``*arrays -> [arrays]``.
 
         optimise: onnxruntime's own graph optimisations, as its users get them.
         threads:  within one operator, 0 for onnxruntime's default.
-        Raises :class:`EquivalenceError` when onnxruntime refuses the file.
+        device:   "cuda" for its CUDA provider, with TF32 off; what runs on the CPU all the same is its ``remark``.
+        Raises :class:`EquivalenceError` when onnxruntime refuses the file, and :class:`MissingDependencyError` when it
+        cannot use the device.
         """
-        return _session_call(_session(str(path), optimise, threads))
+        return _session_call(_session(str(path), optimise, threads, device))
+
+    def lacks(self, device: str) -> str:
+        """What onnxruntime lacks to run on ``device`` here; empty where nothing."""
+        return onnx_devices.lacks(device)
+
+    def suited(self, module: nn.Module) -> nn.Module:
+        """The module with its per-channel clamps as onnxruntime runs them fastest; float32 only, where that was measured."""
+        return rectifiers.signed(module)
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every initializer of the file, by name, in the file's own bits."""
@@ -282,20 +296,23 @@ def _require_free(proto: onnx.ModelProto, example: tuple, options: ExportOptions
                 raise UsageError(f"onnx: the network fixes {fixed}: leave it out of --dynamic.")
 
 
-def _session(source: str | bytes, optimise: bool, threads: int) -> Any:
+def _session(source: str | bytes, optimise: bool, threads: int, device: str = "cpu") -> Any:
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
+    onnx_devices.record_places(settings, device)
+    settings.intra_op_num_threads = threads or share()
     settings.log_severity_level = 3
     source = _runnable(source)
     levels = onnxruntime.GraphOptimizationLevel
     settings.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(source, settings, providers=onnx_devices.providers(device))
     except Exception as error:  # onnxruntime's exceptions share no other base class
         reason = str(error).strip().splitlines()[0]
         raise EquivalenceError(f"onnx: onnxruntime {onnxruntime.__version__} refuses the file: {reason}") from error
+    onnx_devices.require(session, device)
+    return session
 
 
 def _runnable(source: str | bytes) -> str | bytes:
@@ -317,4 +334,5 @@ def _session_call(session: Any) -> Callable[..., list[np.ndarray]]:
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         return session.run(None, dict(zip(names, arrays, strict=True)))
 
+    run.remark = onnx_devices.remark(session)
     return run

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from foldexport.errors import UsageError
 from foldexport.exporters.options import ExportOptions
 
+ONE_FILE_BYTES = 2**31 - 2**25  # the limit of protobuf and FlatBuffers, less room for the graph
 SECOND_SIZE = {"batch": 1, "height": 32, "width": 64}  # added to an axis; unequal, and multiples of the usual strides
 
 
@@ -39,6 +40,14 @@ def require_free_axes(module: nn.Module, example: tuple, options: ExportOptions)
             sizes = ", ".join("x".join(map(str, value.shape)) for value in other if isinstance(value, Tensor))
             message = f"--dynamic {axis}: the network refuses an input of {sizes} ({reason}): ask for --dynamic batch."
             raise UsageError(message) from error
+
+
+def require_one_file(name: str, module: nn.Module) -> None:
+    """Raise :class:`UsageError` where the weights do not fit into the one file that a format has."""
+    tensors = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    size = sum(each.numel() * each.element_size() for each in tensors.values())
+    if size > ONE_FILE_BYTES:
+        raise UsageError(f"{name}: it is one file of at most 2 GB, and the weights are {size / 2**30:.1f} GiB: export to onnx.")
 
 
 def _has_batch(value: object) -> bool:

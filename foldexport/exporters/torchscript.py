@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from foldexport.device import IEEE, full_float32
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.exporters import archive, sizes, torchscript_inner
 from foldexport.exporters.inner import Inner
@@ -34,6 +36,7 @@ class TorchScriptExporter:
 
     name = "torchscript"
     suffix = ".torchscript.pt"
+    devices = ("cpu", "cuda")
 
     def export(
         self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None
@@ -61,19 +64,22 @@ class TorchScriptExporter:
             outputs = len(pytree.tree_leaves(traced(*example)))
         return {"inputs": options.names("input", len(example)), "outputs": options.names("output", outputs)}
 
-    def load(self, path: str | Path, *, optimise: bool = True, threads: int = 0) -> Callable[..., list[np.ndarray]]:
-        """A callable that runs the file in torch.jit on the CPU, ``*arrays -> [arrays]``.
+    def load(
+        self, path: str | Path, *, optimise: bool = True, threads: int = 0, device: str = "cpu"
+    ) -> Callable[..., list[np.ndarray]]:
+        """A callable that runs the file in torch.jit on ``device``, ``*arrays -> [arrays]``.
 
         optimise: the executor's own optimisations; threads: not a property of a loaded file, 0 only.
         Raises :class:`EquivalenceError` when torch.jit refuses the file.
         """
         if threads:
             raise UsageError("torchscript: threads belong to the process; call torch.set_num_threads instead.")
-        loaded = _load(path)
+        loaded = _load(path, device)
+        exact = full_float32 if device != "cpu" else nullcontext
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
-            tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-            with torch.inference_mode(), torch.jit.optimized_execution(optimise):
+            tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+            with torch.inference_mode(), torch.jit.optimized_execution(optimise), exact():
                 return [
                     value.numpy(force=True)
                     for value in pytree.tree_leaves(loaded(*tensors))
@@ -136,9 +142,11 @@ def _trace(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:
     Each traced convolution stores these switches, so those of the exporting process would end up in the file; and an
     fp32 artifact that was proven in fp32 is to compute in fp32 on a GPU too.
     """
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    cudnn = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=False, allow_tf32=False, fp32_precision=IEEE
+    )
     try:
-        with cudnn, warnings.catch_warnings(), torch.no_grad():
+        with full_float32(), cudnn, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.jit.trace(module, example, check_trace=False, strict=False)
     except Exception as error:  # the tracer passes on whatever the module's forward or its own C++ raised
@@ -147,11 +155,11 @@ def _trace(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:
         raise UsageError(f"torchscript: torch.jit cannot trace this network: {reason[:300]}") from error
 
 
-def _load(path: str | Path) -> torch.jit.ScriptModule:
+def _load(path: str | Path, device: str = "cpu") -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.jit.load(str(path), map_location="cpu")
+            return torch.jit.load(str(path), map_location=device)
         except Exception as error:  # torch.jit raises RuntimeError, ValueError or its own C++ types on a bad archive
             reason = str(error).strip().splitlines()[0]
             raise EquivalenceError(f"torchscript: torch.jit {torch.__version__} refuses the file: {reason}") from error

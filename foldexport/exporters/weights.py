@@ -44,7 +44,8 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
 
     A tensor whose name is in the file must be there; one that is not may go by any name, since writers merge equal
     tensors and rename those that they transpose. Either way its bits must be the same, in its own order of elements or
-    with two axes exchanged (``[out, in]`` stored as ``[in, out]``).
+    with two axes exchanged (``[out, in]`` stored as ``[in, out]``). A half may be stored as the float32 of the same value:
+    some formats have no half biases.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in found.items() if value.dtype.kind not in "OSU"}
     digests = {name: _digest(value) for name, value in arrays.items()}
@@ -52,7 +53,8 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     missing = []
     for name, value in expected.items():
         allowed = {digests[name]} if name in digests else everything
-        if not any(_digest(order) in allowed for order in _orders(as_array(value))):
+        forms = [value, value.float()] if value.dtype in (torch.float16, torch.bfloat16) else [value]
+        if not any(_digest(order) in allowed for form in forms for order in _orders(as_array(form))):
             missing.append(name)
     return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
 

@@ -65,6 +65,22 @@ def test_the_check_is_against_the_training_graph_where_there_is_one(folder):
     check(wrong, [[planted]], 1e-3)
 
 
+@pytest.mark.parametrize(("times", "holds"), [(10, True), (1000, False)])
+def test_on_a_gpu_the_unit_is_the_training_graph_s_noise_there(folder, times, holds):
+    """Fast convolutions round more, in the unfolded network too; TF32 would be thousands of times as much."""
+    levels, wanted = [1e-7], torch.ones(1, 4, 64, dtype=torch.float64)
+    generator = np.random.default_rng(0)
+    found = [[(1 + times * levels[0] * generator.standard_normal((1, 4, 64))).astype(np.float32)] for _ in range(2)]
+    both = Case(case(folder / "net.onnx", folder / "net.onnx").variants, [np.zeros((1, 3, 4, 4), np.float32)], 0, [wanted], levels)
+    with pytest.raises(EquivalenceError):
+        check(both, found, None)
+    if holds:
+        check(both, found, None, "cuda")
+        found[1][0][0, 2, 1] += 1e-4
+    with pytest.raises(EquivalenceError, match=r"net\.onnx \(2\), run by" if holds else r"net\.onnx, run by"):
+        check(both, found, None, "cuda")
+
+
 def test_a_variant_that_does_not_run_is_named(folder, tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")

@@ -53,7 +53,7 @@ def test_a_missing_package_is_said_with_its_install(monkeypatch):
 
 
 def test_without_a_compiler_compile_says_so(monkeypatch):
-    monkeypatch.setattr(runtimes.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert "C++ compiler" in missing(get("compile"), "cpu") and not missing(get("eager"), "cpu")
     with pytest.raises(MissingDependencyError, match="apt install"):
         available(wish("compile"))

@@ -9,8 +9,6 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,8 @@ import numpy as np
 
 from foldexport.benchmark import environment
 from foldexport.errors import MissingDependencyError, UsageError
-
-COMPILERS = ("c++", "g++", "clang++", "cl")
+from foldexport.exporters.aotinductor.compiler import WANTED, compiler
+from foldexport.exporters.web import node
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Runtime:
     tensorrt, which comes in two flavours, the exporter knows these.
     devices: that it can run on.   also: further files that it reads, by suffix.
     compiler: it needs a C++ compiler on the CPU.   transfers: what a GPU's time includes.
+    by_default: timed where nobody says which; the others take long to build, or show what another one shows already.
     """
 
     name: str
@@ -58,6 +57,7 @@ class Runtime:
     also: tuple[str, ...] = ()
     compiler: bool = False
     transfers: str = "none: inputs and outputs stay on the GPU"
+    by_default: bool = True
     description: str = ""
 
     @property
@@ -77,13 +77,27 @@ RUNTIMES: dict[str, Runtime] = {
                 description="torch.compile"),
         Runtime("torchscript", "pytorch:torchscript", "torchscript", **_TORCH, aliases=("ts", "jit"),
                 description="torch.jit, frozen"),
-        Runtime("onnxruntime", "onnx_runtime:optimised", "onnx", **_ORT, aliases=("ort", "onnx"),
+        Runtime("pt2", "pytorch:exported", "pt2", **_TORCH, aliases=("torch.export", "exported"), by_default=False,
+                description="the program of torch.export"),
+        Runtime("aotinductor", "pytorch:ahead_of_time", "aotinductor", **_TORCH, devices=("cpu",), aliases=("aoti",),
+                by_default=False, description="TorchInductor, compiled ahead of time"),
+        Runtime("onnxruntime", "onnx_runtime:optimised", "onnx", **_ORT, aliases=("ort", "onnx"), also=(".ort",),
                 description="onnxruntime with its own graph optimisations"),
         Runtime("onnxruntime-plain", "onnx_runtime:plain", "onnx", **_ORT, aliases=("ort-plain",),
                 description="onnxruntime without them"),
         Runtime("openvino", "open_vino:load", "onnx", packages=("openvino",), distribution="openvino",
                 install="pip install 'foldexport[openvino]'", devices=("cpu",), aliases=("ov",), also=(".xml",),
                 description="OpenVINO, in float32, for latency"),
+        Runtime("onnxruntime-web", "onnx_web:load", "onnxruntime-web", packages=(), distribution="", install="", devices=("cpu",),
+                aliases=("web", "ort-web"), by_default=False, description="onnxruntime-web: WebAssembly, under Node"),
+        Runtime("executorch", "mobile:executorch", "executorch", packages=("executorch",), distribution="executorch",
+                install="pip install 'foldexport[executorch]'", devices=("cpu",), aliases=("et", "pte"), by_default=False,
+                description="ExecuTorch with XNNPACK"),
+        Runtime("litert", "mobile:litert", "litert", packages=("litert_torch", "ai_edge_litert"), distribution="ai-edge-litert",
+                install="pip install 'foldexport[litert]'", devices=("cpu",), aliases=("tflite", "tensorflow-lite"),
+                by_default=False, description="LiteRT with XNNPACK"),
+        Runtime("ncnn", "mobile:ncnn", "ncnn", packages=("ncnn", "pnnx"), distribution="ncnn",
+                install="pip install 'foldexport[ncnn]'", devices=("cpu",), by_default=False, description="ncnn, sample by sample"),
         Runtime("tensorrt", "tensor_rt:load", "tensorrt", packages=(), distribution="", install="",
                 devices=("cuda",), aliases=("trt",), transfers="included: inputs and outputs are copied", description="TensorRT"),
         Runtime("cudagraphs", "pytorch:cuda_graph", "module", **_TORCH, devices=("cuda",),
@@ -116,15 +130,15 @@ def missing(row: Runtime, device: str) -> str:
     absent = [name for name in row.packages if importlib.util.find_spec(name) is None]
     if absent:
         return f"{', '.join(absent)} is not installed: {row.install}"
-    if row.reads == "tensorrt":
+    if row.reads in OTHERS:
         try:
-            _tensorrt()
+            OTHERS[row.reads]()
         except MissingDependencyError as error:
             return str(error)
     if device == "cuda" or "cpu" not in row.devices:
         return _no_gpu(row)
     if row.compiler and not compiler():
-        return "it needs a C++ compiler (g++ or clang++, or CXX): install one, on Debian with: apt install g++"
+        return f"it {WANTED}"
     return ""
 
 
@@ -135,17 +149,13 @@ def unsuited(row: Runtime, device: str) -> str:
     return f"runs on {' and '.join(row.devices)} only: pass --device {row.devices[0]}"
 
 
-def compiler() -> str:
-    """The C++ compiler that torch.compile would call; empty where there is none."""
-    asked = os.environ.get("CXX", "").split()
-    return next((found for name in (*asked[:1], *COMPILERS) if (found := shutil.which(name))), "")
-
-
 def version(row: Runtime) -> str:
     """ "onnxruntime 1.31.1": what runs it."""
     if row.reads == "tensorrt":
         flavour = _tensorrt()
         return f"{flavour.title} {flavour.version()}"
+    if row.reads == node.PACKAGE:
+        return f"{node.PACKAGE} {node.require().version}"
     for distribution in (row.distribution, f"{row.distribution}-gpu"):
         try:
             return f"{row.distribution} {importlib.metadata.version(distribution)}"
@@ -160,6 +170,10 @@ def _tensorrt() -> Any:
     from foldexport.exporters.tensorrt.options import TensorRTOptions
 
     return choose(TensorRTOptions())
+
+
+#: Formats whose runtime no Python package is: what raises MissingDependencyError where it is not there.
+OTHERS = {"tensorrt": _tensorrt, node.PACKAGE: node.require}
 
 
 def _no_gpu(row: Runtime) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 
 from foldexport.benchmark.runtimes import Ready
+from foldexport.exporters.openvino_import import openvino as ov
 
 
 def load(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from foldexport.benchmark.runtimes import Ready
@@ -41,6 +42,23 @@ def torchscript(path: Path, arrays: Sequence[np.ndarray], threads: int, device: 
         with contextlib.suppress(RuntimeError):  # frozen already
             loaded = torch.jit.freeze(loaded)
     return _ready(loaded, inputs, device)
+
+
+def exported(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
+    """The program of torch.export, operator after operator."""
+    inputs = _prepare(arrays, threads, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = move_to_device_pass(torch.export.load(str(path)), device)
+    return _ready(program.module(), inputs, device)
+
+
+def ahead_of_time(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
+    """The package that AOTInductor compiled; refused where no manifest beside it names its hash."""
+    from foldexport.exporters.aotinductor.exporter import opened
+
+    inputs = _prepare(arrays, threads, device)
+    return _ready(opened(path), inputs, device)
 
 
 def cuda_graph(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:

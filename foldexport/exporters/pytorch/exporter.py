@@ -32,6 +32,7 @@ class PyTorchExporter:
 
     name = "pytorch"
     suffix = ".py"
+    devices = ("cpu", "cuda")
 
     def export(
         self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None
@@ -57,8 +58,10 @@ class PyTorchExporter:
         outputs = _require_identical(self, module, example, path, options)
         return {"inputs": options.names("input", len(example)), "outputs": options.names("output", outputs)}
 
-    def load(self, path: str | Path) -> Process:
+    def load(self, path: str | Path, *, device: str = "cpu") -> Process:
         """A callable that runs the file with torch and safetensors in another process, ``*arrays -> [arrays]``.
+
+        device: where it computes; TF32 is off there.
 
         The source is read before it is run. Raises :class:`EquivalenceError` for one that holds more than a network, and for
         one that does not load.
@@ -67,7 +70,7 @@ class PyTorchExporter:
             check(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise EquivalenceError(f"pytorch: the written file cannot be read: {error}") from error
-        return Process(path)
+        return Process(path, device)
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every parameter and buffer, by the name that the written modules give it."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from foldexport.device import product_precision
 from foldexport.errors import EquivalenceError
 
 RUNNER = Path(__file__).with_name("runner.py")
@@ -25,9 +26,9 @@ class Process:
     Raises :class:`EquivalenceError` where the file does not load, RuntimeError where it does not run on an input.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
-        settings = [str(torch.get_num_threads()), torch.get_float32_matmul_precision()]
+        settings = [str(torch.get_num_threads()), product_precision(), device]
         self._child = subprocess.Popen(
             [sys.executable, str(RUNNER), str(Path(path).resolve()), *settings],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, cwd=tempfile.gettempdir(),

@@ -47,9 +47,10 @@ class Fitted:
 
     def __init__(self, exporter: Any, batch: int) -> None:
         self._exporter, self._batch, self.name = exporter, batch, exporter.name
+        self.devices, self.lacks = exporter.devices, exporter.lacks
 
-    def load(self, path: Any) -> Runtime:
-        return fitted(self._exporter.load(path), self._batch, self._batch)
+    def load(self, path: Any, device: str = "cpu") -> Runtime:
+        return fitted(self._exporter.load(path, device=device), self._batch, self._batch)
 
     def weights(self, path: Any) -> dict[str, np.ndarray]:
         return self._exporter.weights(path)

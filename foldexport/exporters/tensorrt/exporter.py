@@ -43,6 +43,7 @@ class TensorRTExporter:
 
     name = "tensorrt"
     suffix = ".engine"
+    devices = ("cuda",)
 
     def __init__(self) -> None:
         #: Compares the ONNX file (exporter, path) with the training graph before anything is built; set by
