@@ -9,7 +9,7 @@ With ``None`` for dtype every tensor has the type that the network gives it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from foldexport import bands
+from foldexport.device import IEEE, full_float32, reduced_on_cpu
 from foldexport.errors import ModelError, UsageError
 from foldexport.trace import Graph
 from foldexport.trace.views import bound, packet_name
@@ -24,6 +25,7 @@ from foldexport.trace.views import bound, packet_name
 aten = torch.ops.aten
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
+Instead = Callable[[fx.Node, Sequence[Any], dict[str, Any]], Any]
 # What torch says where an operator does not take a dtype or device.
 _NO_KERNEL = ("not implemented for", "not supported", "Could not run")
 _UNINITIALISED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
@@ -38,11 +40,13 @@ def steps(
     dtype: torch.dtype | None = torch.float64,
     *,
     device: str | torch.device = "cpu",
+    instead: Instead | None = None,
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Yields (node, value) for every node but the output, in graph order; values are freed after their last use.
 
     inputs: the graph's inputs, at any batch that it allows. Two tensors of the generator may share memory: write to
-    none of them. A value that the caller keeps stays alive.
+    none of them. A value that the caller keeps stays alive. instead: called with an operator's node, args and kwargs,
+    gives its value, or None for the usual one.
 
     Raises UsageError where an operator has no kernel for dtype, or inputs do not fit.
     """
@@ -57,12 +61,19 @@ def steps(
         elif node.op == "get_attr":
             value = cast(graph.tensors[node.target], dtype, device)
         else:
-            value = evaluate(node, *map_arg((node.args, node.kwargs), values.__getitem__), dtype, device)
+            value = _called(node, values, dtype, device, instead)
         values[node] = value
         yield node, value
         del value
         for done in last.get(node, ()):
             del values[done]
+
+
+def _called(node: fx.Node, values: dict[fx.Node, Any], dtype: torch.dtype | None, device: str | torch.device,
+            instead: Instead | None) -> Any:  # fmt: skip
+    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    value = instead(node, args, kwargs) if instead is not None else None
+    return evaluate(node, args, kwargs, dtype, device) if value is None else value
 
 
 def outputs(
@@ -71,12 +82,13 @@ def outputs(
     dtype: torch.dtype | None = torch.float64,
     *,
     device: str | torch.device = "cpu",
+    instead: Instead | None = None,
 ) -> list[Any]:
     """The graph's outputs as a flat list; ``tree_unflatten(…, graph.out_spec)`` of it is what forward returns."""
     result = graph.fx.output_node().args[0]
     wanted: dict[fx.Node, Any] = {}
     map_arg(result, lambda node: wanted.setdefault(node))
-    for node, value in steps(graph, inputs, dtype, device=device):
+    for node, value in steps(graph, inputs, dtype, device=device, instead=instead):
         if node in wanted:
             wanted[node] = value
     return list(map_arg(result, wanted.__getitem__))
@@ -148,20 +160,19 @@ def last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 @contextlib.contextmanager
 def _exact(dtype: torch.dtype | None, device: str) -> Iterator[None]:
     """No gradients, no TF32 or bfloat16 inside float32 products, deterministic kernels; dtype as the default type."""
-    default, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    default = torch.get_default_dtype()
     torch.set_default_dtype(dtype or default)
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    convolutions = contextlib.nullcontext()
-    if device == "cuda":
-        convolutions = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with torch.no_grad(), convolutions:
+        with torch.no_grad(), contextlib.ExitStack() as switched:
+            if device == "cuda" or reduced_on_cpu():
+                switched.enter_context(full_float32())
+            if device == "cuda":
+                switched.enter_context(torch.backends.cudnn.flags(
+                    enabled=True, benchmark=False, deterministic=True, allow_tf32=False, fp32_precision=IEEE
+                ))  # fmt: skip
             yield
     finally:
         torch.set_default_dtype(default)
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
 
 
 # ---- what a node depends on

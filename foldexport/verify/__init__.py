@@ -77,6 +77,8 @@ class Comparison:
     message: the failure or the warning, empty where there is neither.
     unit: the number type whose noise is the unit, "float32", "fp16", "bf16".
     not_run: why it could not be run here, "built, not run: no GPU (…)", else empty; instead: what was proved of it instead.
+    device: where it ran.
+    An artifact that was not run is not proven, whatever else holds of it: its mark is a dash.
     """
 
     format: str
@@ -93,6 +95,16 @@ class Comparison:
     unit: str = "float32"
     not_run: str = ""
     instead: tuple[str, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def proven(self) -> bool:
+        """Whether its own runtime computed the training graph's outputs."""
+        return self.ok and not self.not_run
+
+    @property
+    def mark(self) -> str:
+        return "✗" if not self.ok else "–" if self.not_run else "✓"
 
     @property
     def warning(self) -> str:
@@ -110,11 +122,11 @@ class Comparison:
         record = asdict(self)
         for name in ("max_error", "noise_multiple"):
             record[name] = record[name] if math.isfinite(record[name]) and not self.not_run else None
-        return record
+        return record | {"proven": self.proven}
 
     def __str__(self) -> str:
         """The proof line: what passed or failed, by how much."""
-        parts = [f"{'✓' if self.ok else '✗'} {self.format}", self.runtime]
+        parts = [f"{self.mark} {self.format}", self.runtime]
         if self.not_run:
             parts += [self.not_run, *self.instead]
         if self.probes:
@@ -141,6 +153,7 @@ def compare(
     dtype: torch.dtype = torch.float32,
     tolerance: Tolerance | None = None,
     unit: str = "float32",
+    factors: Sequence[Sequence[float]] | None = None,
 ) -> Comparison:
     """Run the artifact on every probe and compare with the training graph.
 
@@ -150,6 +163,7 @@ def compare(
     weights: of :func:`~foldexport.exporters.weights.match_weights`; a missing weight fails whatever the outputs say.
     tolerance: judges the error in place of the noise; weights and classes are judged as ever.
     unit: whose noise n32 is; "float32", or the half type that the artifact is in.
+    factors: per probe, per output, the noise there in units of n32, 1 or more; None for 1 everywhere.
 
     Never raises for a wrong artifact: a runtime that fails on a probe, a wrong shape, NaN, a missing weight are found.
     """
@@ -166,6 +180,7 @@ def compare(
         for index, (output, reference) in enumerate(zip(outputs, wanted, strict=True)):
             name = output_names[index] if output_names else _default_name(index, len(outputs))
             noise = max(NOISE_FLOOR, n32 if isinstance(n32, (int, float)) else n32[index])
+            noise *= factors[place][index] if factors else 1.0
             _compare_output(found, np.asarray(output), reference.numpy(force=True), noise, name, place)
             _judge_tolerance(found, np.asarray(output), reference.numpy(force=True), tolerance, name)
     _judge_error(found, tolerance is None)
@@ -174,13 +189,14 @@ def compare(
 
 
 def unrun(
-    reason: str, *, format: str, label: str, instead: Sequence[str], weights: WeightMatch | None = None, unit: str = "float32"
+    reason: str, *, format: str, label: str, instead: Sequence[str], weights: WeightMatch | None = None, unit: str = "float32",
+    made: str = "built",
 ) -> Comparison:
     """The comparison of an artifact that cannot be run on this machine: its weights, and what else was proved of it.
 
-    reason: why not, "no GPU (cuInit: …)". instead: in words for the proof line, "its ONNX file passed: …".
+    reason: why not, "no GPU (cuInit: …)". instead: in words for the proof line, "its ONNX file passed: …". made: what was done.
     """
-    found = Comparison(format, label, not_run=f"built, not run: {reason}", instead=tuple(instead), unit=unit)
+    found = Comparison(format, label, not_run=f"{made}, not run: {reason}", instead=tuple(instead), unit=unit)
     if weights is not None:
         found.weights_identical = (weights.identical, weights.total)
         _judge_weights(found, weights)

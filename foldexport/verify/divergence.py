@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from foldexport.exporters.inner import Inner
+from foldexport.exporters.inner import Inner, Operator
 from foldexport.interpret import cast
-from foldexport.precision.half import FLOATS
+from foldexport.precision.half import with_type
 from foldexport.precision.types import HALF, NumberType, to_digits
 from foldexport.precision.walk import walk
 from foldexport.verify import FAIL_ABOVE, NOISE_FLOOR, output_error
@@ -160,11 +161,18 @@ def locate(
             break
         wrong = bad
     node, operator = nodes[wrong], made[wrong]
-    layer = str(node.target) if node.op == "call_module" else ""
-    layer = layer if operator.weights and layer else (node.meta.get("module") or layer or node.name)
     reduced = kind is not None and node.meta.get("works_in", kind.dtype) == kind.dtype
     kindly = "" if node.op == "call_module" else operator.kind
-    return Place(layer, kindly, search.judged[wrong], operator.weights, reduced, search.runs)
+    return Place(layer_of(node, operator), kindly, search.judged[wrong], operator.weights, reduced, search.runs)
+
+
+def layer_of(node: fx.Node, operator: Operator) -> str:
+    """What an operator is called: its layer where that has weights, else the user's module, else itself.
+
+    ``--keep-fp32`` takes these names (foldexport.precision.kept).
+    """
+    layer = str(node.target) if node.op == "call_module" else ""
+    return layer if operator.weights and layer else (node.meta.get("module") or layer or node.name)
 
 
 def described(place: Place, kind: NumberType | None, missing: Sequence[str] = ()) -> str:
@@ -181,7 +189,7 @@ def described(place: Place, kind: NumberType | None, missing: Sequence[str] = ()
     if kind is not None and place.reduced and not missing:  # whose names the message has already
         beyond = f", its largest value {judged.peak:.1e} is beyond {kind.name}'s {kind.largest:g}"
         beyond = beyond if judged.peak > kind.largest else ""
-        return f"{text}{beyond}: keep `{place.layer}` in float32"
+        return f"{text}{beyond}: keep it in float32 with --keep-fp32 {shlex.quote(place.layer)}"
     return text
 
 
@@ -281,8 +289,11 @@ class _Values:
         """Rounded to the type's digits, in float64's range: the noise of a layer that overflows is not infinite."""
         if node.meta.get("works_in", self._kind.dtype) != self._kind.dtype:
             return value
-        cut = lambda each: to_digits(each.float(), self._kind).double()  # noqa: E731
-        return pytree.tree_map(lambda each: cut(each) if isinstance(each, Tensor) and each.is_floating_point() else each, value)
+        return pytree.tree_map(self._cut, value)
+
+    def _cut(self, value: Any) -> Any:
+        real = isinstance(value, Tensor) and value.is_floating_point()
+        return to_digits(value.float(), self._kind).double() if real else value
 
 
 def _kept(module: fx.GraphModule, inputs: tuple, dtype: torch.dtype, keep: Sequence[str], change: Any = None) -> dict[str, Any]:
@@ -296,6 +307,5 @@ def _in(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     result._apply(lambda tensor: cast(tensor, dtype))
     for node in result.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            swap = lambda each: dtype if isinstance(each, torch.dtype) and each in FLOATS else each  # noqa: E731
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), swap)
+            node.args, node.kwargs = with_type(node, dtype)
     return result.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foldexport.errors import CheckpointError
+from foldexport.normalise import Raw
 from foldexport.probes import normal
 from foldexport.verify import Comparison, Runtime, Tolerance, compare
 
@@ -25,14 +26,16 @@ VERSION = 1
 STORED_ELEMENTS = 4096  # of all outputs together, 44 kB in base64
 
 
-def golden_inputs(shapes: Sequence[Sequence[int]], seed: int) -> tuple[Tensor, ...]:
-    """Normal inputs of the given shapes, float32 (every value is exact there), the same on every machine."""
+def golden_inputs(shapes: Sequence[Sequence[int]], seed: int, raw: Raw | None = None) -> tuple[Tensor, ...]:
+    """Normal inputs of the given shapes, float32 (every value is exact there), the same on every machine.
+
+    raw: of a network that takes raw pixels; they are then what it normalises to the normal values.
+    """
     drawn = [
         normal(np.random.Philox(key=[seed, place]).random_raw, math.prod(shape)) for place, shape in enumerate(shapes)
     ]
-    return tuple(
-        torch.from_numpy(values.astype(np.float32)).reshape(*shape) for values, shape in zip(drawn, shapes, strict=True)
-    )
+    values = [torch.from_numpy(value).reshape(*shape) for value, shape in zip(drawn, shapes, strict=True)]
+    return tuple((value if raw is None else raw.pixels(value)).float() for value in values)
 
 
 def golden(
@@ -43,16 +46,17 @@ def golden(
     batches: Sequence[int] = (1, 3),
     seed: int = 0,
     output_names: Sequence[str] | None = None,
+    raw: Raw | None = None,
 ) -> dict[str, Any]:
     """The golden set of a network as a JSON-able dictionary.
 
     reference: the training graph in float64, called with float64 inputs, gives the list of its outputs.
     shapes:    of the inputs, which are floating; their first axis is replaced by each of ``batches``.
     batches:   the fixed one alone where the batch is fixed.
-    n32:       of the training graph, the unit of :func:`check_golden`.
+    n32:       of the training graph, the unit of :func:`check_golden`.      raw: as for :func:`golden_inputs`.
     """
     runs = [
-        _run(reference, [[batch, *shape[1:]] for shape in shapes], seed + place) for place, batch in enumerate(batches)
+        _run(reference, [[batch, *shape[1:]] for shape in shapes], seed + place, raw) for place, batch in enumerate(batches)
     ]
     count = sum(output.numel() for _, _, outputs in runs for output in outputs)
     step = 1 if count <= STORED_ELEMENTS else math.ceil(count / STORED_ELEMENTS) | 1
@@ -62,6 +66,7 @@ def golden(
         "n32": n32 if isinstance(n32, (int, float)) else list(n32),
         "output_names": list(output_names or ()),
         "step": step,
+        **({"raw": raw.to_dict()} if raw is not None else {}),
         "runs": [
             {
                 "seed": seed + place,
@@ -86,7 +91,7 @@ def check_golden(
     was made with.
     """
     runs, step = _field(record, "runs"), _field(record, "step")
-    probes = [_inputs(run) for run in runs]
+    probes = [_inputs(run, record.get("raw")) for run in runs]
     references = [[_unpacked(each, step) for each in _field(run, "outputs")] for run in runs]
     calls = iter(runs)
 
@@ -97,7 +102,7 @@ def check_golden(
             return outputs
         if found != wanted:
             raise ValueError(f"outputs of shape {found} where the manifest has {wanted}")
-        return [_thin(output, step, each["peak_at"]) for output, each in zip(outputs, run["outputs"], strict=True)]
+        return [thin(output, step, each["peak_at"]) for output, each in zip(outputs, run["outputs"], strict=True)]
 
     names = record.get("output_names") or None
     return compare(
@@ -106,8 +111,8 @@ def check_golden(
     )  # fmt: skip
 
 
-def _inputs(run: dict[str, Any]) -> tuple[Tensor, ...]:
-    inputs = golden_inputs(_field(run, "inputs"), _field(run, "seed"))
+def _inputs(run: dict[str, Any], raw: dict[str, Any] | None = None) -> tuple[Tensor, ...]:
+    inputs = golden_inputs(_field(run, "inputs"), _field(run, "seed"), _raw(raw))
     if _digest(inputs) != _field(run, "inputs_sha256"):
         raise CheckpointError(
             "the manifest's golden inputs cannot be drawn again here: numpy's Philox gives other values."
@@ -115,10 +120,16 @@ def _inputs(run: dict[str, Any]) -> tuple[Tensor, ...]:
     return inputs
 
 
+def _raw(stored: dict[str, Any] | None) -> Raw | None:
+    if stored is None:
+        return None
+    return Raw(tuple(_field(stored, "mean")), tuple(_field(stored, "std")), float(_field(stored, "top")))
+
+
 def _run(
-    reference: Callable[..., Sequence[Tensor]], shapes: list[list[int]], seed: int
+    reference: Callable[..., Sequence[Tensor]], shapes: list[list[int]], seed: int, raw: Raw | None
 ) -> tuple[tuple[Tensor, ...], str, list[Tensor]]:
-    inputs = golden_inputs(shapes, seed)
+    inputs = golden_inputs(shapes, seed, raw)
     with torch.no_grad():
         outputs = list(reference(*(value.double() for value in inputs)))
     return inputs, _digest(inputs), outputs
@@ -133,8 +144,8 @@ def _digest(inputs: Sequence[Tensor]) -> str:
 
 def _packed(output: Tensor, step: int) -> dict[str, Any]:
     values = output.numpy(force=True).astype(np.float64)
-    peak_at = int(np.argmax(np.abs(values))) if values.size else 0
-    stored = base64.b64encode(_thin(values, step, peak_at).astype("<f8").tobytes()).decode()
+    peak_at = peak_of(values)
+    stored = base64.b64encode(thin(values, step, peak_at).astype("<f8").tobytes()).decode()
     return {"shape": list(values.shape), "peak_at": peak_at, "values": stored}
 
 
@@ -143,7 +154,12 @@ def _unpacked(stored: dict[str, Any], step: int) -> Tensor:
     return values.reshape(_field(stored, "shape")) if step == 1 else values
 
 
-def _thin(values: np.ndarray, step: int, peak_at: int) -> np.ndarray:
+def peak_of(values: np.ndarray) -> int:
+    """Where the largest value is, in the flat output."""
+    return int(np.argmax(np.abs(values))) if values.size else 0
+
+
+def thin(values: np.ndarray, step: int, peak_at: int) -> np.ndarray:
     """``[ceil(n / step) + 1]`` of the n elements; the values as they are where nothing is thinned."""
     if step == 1 or values.size == 0:
         return values

@@ -6,6 +6,7 @@ impulse probes, the user's data, and as many more normal samples as are cheap, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foldexport import interpret, probes
+from foldexport import exporters, interpret, probes
 from foldexport.certify.rounding import Errors, rounding
+from foldexport.exporters import placing
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.trace import Graph
-from foldexport.verify import Comparison, Tolerance, compare, unrun
+from foldexport.verify import Comparison, Tolerance, compare, summation, unrun
 from foldexport.verify.golden import golden, golden_inputs
 
 MORE_SAMPLES = 32  # normal samples beyond the probes
@@ -40,6 +42,10 @@ class Reference:
     levels: the training graph's own noise in ``unit``, per output.     inputs, outputs: one entry per run.
     golden: the record for the manifest, None where the inputs cannot be drawn from a seed.
     dropped: probes on which the training graph itself rounds far worse than it usually does, or is not finite.
+    factors: per run and output the noise there, in units of the usual: above 1 on probes where the training graph itself rounds
+    worse than usual, so that no file is blamed for it.
+    device: where artifacts are run if their runtimes can; levels_there: the training graph's float32 noise there, measured by
+    `foldexport.verify.on_device`.
     """
 
     levels: list[float]
@@ -48,38 +54,59 @@ class Reference:
     outputs: list[list[Tensor]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
     dropped: list[str] = field(default_factory=list)
+    factors: list[list[float]] = field(default_factory=list)
     unit: str = "float32"
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    levels_there: list[float] | None = None
+
+    def levels_on(self, device: str) -> list[float]:
+        """The noise of what runs on ``device``; the half types' own is measured without their hardware, and holds anywhere."""
+        there = self.levels_there if device == self.device and self.unit == "float32" else None
+        return there or self.levels
+
+    @staticmethod
+    def of_tensors(graph: Graph, levels: Sequence[float]) -> list[float]:
+        """The noise of those outputs of the graph that are tensors."""
+        return [level for level, leaf in zip(levels, graph.fx.output_node().args[0], strict=True) if _is_tensor(leaf)]
 
     def compare(
         self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None
     ) -> Comparison:
         """Run the artifact at ``path`` on every input; ``module``'s weights, where given, must be in it bit for bit."""
+        module = exporters.suited(exporter, module) if module is not None else None
         weights = match_weights(expected_weights(module), exporter.weights(path)) if module is not None else None
         reason = exporter.cannot_run(path) if hasattr(exporter, "cannot_run") else ""
         if reason:
             return unrun(
                 reason, format=exporter.name, label=exporter.runtime(), instead=exporter.proved_instead(), weights=weights,
-                unit=self.unit,
+                unit=self.unit, made=getattr(exporter, "made", "built"),
             )  # fmt: skip
-        taken = [place for place, inputs in enumerate(self.inputs) if not hasattr(exporter, "takes") or exporter.takes(inputs)]
+        placed = placing.place(exporter, path, self.device)
+        taken = [at for at, inputs in enumerate(self.inputs) if not hasattr(exporter, "takes") or exporter.takes(inputs)]
         found = compare(
-            [self.outputs[place] for place in taken], exporter.load(path), [self.inputs[place] for place in taken], self.levels,
-            format=exporter.name, label=exporter.runtime(), output_names=self.output_names, weights=weights,
-            tolerance=tolerance, unit=self.unit, dtype=self.dtype,
+            [self.outputs[at] for at in taken], placed.run, [self.inputs[at] for at in taken],
+            self.levels_on(placed.device), format=exporter.name, label=placed.label, output_names=self.output_names,
+            weights=weights, tolerance=tolerance, unit=self.unit, dtype=self.dtype, factors=[self.factors[at] for at in taken],
         )  # fmt: skip
         if not found.ok and module is not None and weights is not None and taken:
-            self._say_where(found, exporter, path, module, taken, weights.missing)
+            self._say_where(found, exporter, path, module, taken, weights.missing, placed.device)
+        found.device = placed.device
         return found
 
     def _say_where(
-        self, found: Comparison, exporter: Any, path: Path, module: nn.Module, taken: Sequence[int], missing: Sequence[str]
-    ) -> None:
+        self, found: Comparison, exporter: Any, path: Path, module: nn.Module, taken: Sequence[int], missing: Sequence[str],
+        device: str,
+    ) -> None:  # fmt: skip
         """Add to the message which of the module's layers differs first, on the first inputs that show it."""
         from foldexport.verify import divergence
 
         runs = [(self.inputs[each], self.outputs[each]) for each in taken]
-        inputs = runs[divergence.failing(exporter, path, runs, self.levels, self.dtype) or 0][0]
+        wrong = divergence.failing(exporter, path, runs, self.levels, self.dtype)
+        if wrong is None and not missing and device != "cpu":
+            found.message += "; run on the cpu the file is right, so the difference is the device's"
+            return
+        inputs = runs[wrong or 0][0]
         said = divergence.clause(exporter, path, module, inputs, unit=self.unit, dtype=self.dtype, missing=missing)
         found.message += f"; {said}" if said else ""
 
@@ -123,44 +150,51 @@ def reference(
     if levels is None:
         levels = rounding(graph, {}, probes.noise_probes(graph, seed=seed)).levels
     places = [place for place, leaf in enumerate(graph.fx.output_node().args[0]) if _is_tensor(leaf)]
-    found = Reference([levels[place] for place in places], options.names("output", len(places)), unit=unit, dtype=dtype)
+    found = Reference(
+        [levels[place] for place in places], options.names("output", len(places)), unit=unit, dtype=dtype, device=device
+    )
     low = low or (lambda inputs: interpret.outputs(graph, inputs, torch.float32))
 
     def record(*inputs: Tensor) -> list[Tensor]:
         outputs = run(*inputs)
         found.inputs.append(inputs)
         found.outputs.append(outputs)
+        found.factors.append([1.0] * len(outputs))
         return outputs
 
     if _drawn_from_seed(graph, example):
         shapes = [list(value.shape) for value in example]
         found.golden = golden(
-            record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names
+            record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names, raw=graph.raw
         )
     for name, inputs in _further(graph, options, data, seed, 0 if huge else _samples(multiply_adds), found.golden is not None):
         record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
-        if name in SPECIAL and not _rounds_as_usual(low, found, places):
+        if name not in SPECIAL:
+            continue
+        factors = _noise_there(low(found.inputs[-1]), found, places)
+        if all(each <= UNUSUAL for each in factors):
+            in_turn = _noise_there(summation.outputs(graph, found.inputs[-1]), found, places) if unit == "float32" else factors
+            found.factors[-1] = [max(1.0, one, other) for one, other in zip(factors, in_turn, strict=True)]
+        else:
             found.dropped.append(name)
-            found.inputs.pop(), found.outputs.pop()
+            found.inputs.pop(), found.outputs.pop(), found.factors.pop()
     for place, shapes in enumerate(dict.fromkeys(points) if found.golden is not None else ()):
-        record(*(value.double() for value in golden_inputs(shapes, seed + AT_POINTS + place)))
+        record(*(value.double() for value in golden_inputs(shapes, seed + AT_POINTS + place, graph.raw)))
     return found
 
 
-def _rounds_as_usual(low: Callable[[tuple], list[Any]], found: Reference, places: list[int]) -> bool:
-    """Whether the training graph in the artifacts' type is near its float64 outputs on the last inputs.
+def _noise_there(leaves: list[Any], found: Reference, places: list[int]) -> list[float]:
+    """Per output the error of the training graph's outputs on the last inputs in a low type, in units of its usual noise.
 
     A constant image drives statistics of the input itself to zero variance, where float32 means nothing.
     """
-    with torch.no_grad():
-        leaves = low(found.inputs[-1])
+    factors = []
     for place, wanted, level in zip(places, found.outputs[-1], found.levels, strict=True):
         errors = Errors()
         if wanted.is_floating_point() and wanted.isfinite().all():
             errors.add(wanted, leaves[place])
-        if not wanted.isfinite().all() or errors.rms > UNUSUAL * level:
-            return False
-    return True
+        factors.append(errors.rms / level if wanted.isfinite().all() else math.inf)
+    return factors
 
 
 def _runner(

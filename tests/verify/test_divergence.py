@@ -205,7 +205,7 @@ def test_a_layer_that_overflows_in_half_is_to_stay_in_float32(exporter, tmp_path
     path = exported(exporter, half, tmp_path, "fp16")
     said = clause(exporter, path, half, EXAMPLE, unit="fp16")
     assert "first differs in `layer1.0.conv1` (not finite), its largest value" in said
-    assert said.endswith("beyond fp16's 65504: keep `layer1.0.conv1` in float32")
+    assert said.endswith("beyond fp16's 65504: keep it in float32 with --keep-fp32 layer1.0.conv1")
 
 
 @formats

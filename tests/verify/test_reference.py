@@ -9,7 +9,7 @@ from torch import nn
 
 from foldexport.exporters.options import ExportOptions
 from foldexport.trace import trace
-from foldexport.verify import Comparison
+from foldexport.verify import Comparison, compare
 from foldexport.verify.reference import MORE_SAMPLES, reference
 from tests.statistics import randomise
 
@@ -90,3 +90,45 @@ def test_a_wrong_artifact_is_seen_by_its_outputs():
     found = reference(trace(network(), example), example, ExportOptions())
     right, wrong = (found.compare(Runtime(error), None, None) for error in (0.0, 1e-3))
     assert isinstance(right, Comparison) and right.ok and not wrong.ok
+
+
+def test_a_probe_on_which_the_network_itself_rounds_worse_is_judged_by_that():
+    """A large constant image through an odd pair of layers: float32 cancels there, in the training graph as in any file."""
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y + 0.3 * (x.mean((1, 2, 3), keepdim=True) * 40.0 - 40.0 * x.mean((1, 2, 3), keepdim=True))
+
+    class Runtime:
+        name = "planted"
+
+        def __init__(self, error: float) -> None:
+            self.error = error
+
+        def load(self, path):
+            return lambda x: [module(torch.from_numpy(x)).detach().numpy() * (1 + self.error)]
+
+        def runtime(self):
+            return "planted 1.0"
+
+    torch.manual_seed(0)
+    module, example = Cancelling().eval(), (torch.zeros(1, 3, 8, 8),)
+    found = reference(trace(module, example), example, ExportOptions())
+    assert len(found.factors) == len(found.inputs) and all(1 <= each <= 4 for run in found.factors for each in run)
+    right, wrong = (found.compare(Runtime(error), None, None) for error in (0.0, 1e-4))
+    assert right.ok and right.noise_multiple < 4 and not wrong.ok
+
+
+def test_the_factor_is_the_noise_of_that_probe_alone():
+    reference_, output = [[torch.ones(1, 4, dtype=torch.float64)]], np.ones((1, 4)) + 6e-7
+    ways = {"planted": None, "rounds worse there": [[3.0]]}
+    found = {
+        name: compare(reference_, lambda *_: [output], [(torch.zeros(1),)], 1e-7, format="f", label="l", factors=factors)
+        for name, factors in ways.items()
+    }
+    assert found["planted"].noise_multiple == pytest.approx(3 * found["rounds worse there"].noise_multiple)
