@@ -69,6 +69,11 @@ class Ledger(Sequence[Entry]):
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
+    def with_nodes(self) -> Iterator[tuple[object, Entry]]:
+        """Every entry with the node of the training graph that it is about, in order."""
+        for key, entry in self._entries.items():
+            yield key[-1] if isinstance(key, tuple) else key, entry
+
     def with_status(self, status: str) -> list[Entry]:
         """The entries of one status, in order."""
         return [entry for entry in self if entry.status == status]

@@ -125,6 +125,8 @@ def _graph_module(folded: FoldedGraph, steps, names) -> tuple[fx.GraphModule, di
         else:
             nodes[stored] = _emit(graph, root, stored, steps[stored], names.get(stored, stored.name), nodes)
             nodes[stored].meta["module"] = stored.module  # the user's own, for messages about operators that are no layer
+            nodes[stored].meta["kind"] = steps[stored].kind if _kinds(steps[stored]) and not _is_size(stored) else ""
+            nodes[stored].meta["origin"] = stored.node.name if stored.node is not None else ""  # in the training graph
     flat = [nodes[o] if isinstance(o, Stored) else o for o in folded.outputs]
     graph.output(_structured(flat, folded.graph.out_spec))
     graph.lint()

@@ -199,3 +199,13 @@ def test_every_folded_batch_norm_is_in_the_ledger():
 def test_without_a_certificate_nothing_is_run():
     folded = foldexport.fold(chain(conv=conv(3, 4)).eval(), EXAMPLE, certify=False)
     assert folded.certificate is None
+
+
+def test_names_that_end_a_string_in_python_source():
+    """torch.fx writes a module's name into the source of ``forward``; the ledger keeps the user's own."""
+    odd = "a\"b'c\\d\n"
+    module = nn.Sequential()
+    module.add_module(odd, nn.Conv2d(SHAPE[0], 4, 3))
+    module.add_module(f"{odd}bn", nn.BatchNorm2d(4))
+    folded = foldexport.fold(randomise(chain(body=module), 0), EXAMPLE)
+    assert folded.certificate.ok and [entry.module for entry in folded.ledger] == [f"body.{odd}bn"]
