@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
 from foldexport.certify.rounding import HOPELESS
-from foldexport.errors import EquivalenceError, ModelError, UsageError
+from foldexport.errors import EquivalenceError, ModelError
+from foldexport.exporting import export, in_precision
 from foldexport.extremes import Extremes, extremes
 from foldexport.fold.chain import chain_graph
 from foldexport.fold.constants import Constants
@@ -25,18 +25,13 @@ from foldexport.fold.layers import KIND_OF
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.passes import FoldedGraph, fold_graph
 from foldexport.fold.pending import name_of
-from foldexport.fold.rebuild import Program, Rebuilt, in_dtype, rebuild
+from foldexport.fold.rebuild import Program, Rebuilt, rebuild
 from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
 from foldexport.probes import further_noise_probes, make, noise_probes
 from foldexport.trace import Graph, trace
 
-if TYPE_CHECKING:
-    from foldexport.artifact import Artifact
-    from foldexport.exporters.tensorrt.options import TensorRTOptions
-    from foldexport.exporters.tensorrt.profile import Profile
-    from foldexport.precision.prepare import Prepared
-    from foldexport.verify import Comparison
+__all__ = ["Folded", "export", "fold", "in_precision", "load"]
 
 RETRY_ABOVE = 8.0  # multiples of the network's own float32 noise above which the fold is tried with fewer absorptions
 #: Views of the same memory.
@@ -156,101 +151,6 @@ def load(
     return recognise(path, arch=arch, arch_args=arch_args, trust_pickle=trust_pickle, use_ema=use_ema).module
 
 
-def export(
-    folded: Folded,
-    format: str,
-    path: str | Path,
-    *,
-    input_names: Sequence[str] | None = None,
-    output_names: Sequence[str] | None = None,
-    opset: int | None = None,
-    dynamic: Sequence[str] | None = None,
-    overwrite: bool = False,
-    seed: int = 0,
-    precision: str = "fp32",
-    half_io: bool = False,
-    tensorrt: TensorRTOptions | None = None,
-    profile: Profile | None = None,
-) -> Artifact:
-    """Write a folded network to ``path``, run the file in its own runtime, and put it in place if it computes the same.
-
-    format: "onnx", "torchscript" or an alias. opset: of ONNX. dynamic: axes left free, any of "batch", "height" and
-    "width"; by default the batch where the network allows it. The artifact is in ``precision`` whatever the module is in:
-    "fp32", "fp16" or "bf16", read back from the file. half_io: inputs and outputs are in fp16 too. tensorrt, profile: how an
-    engine is built and the shapes that it takes (foldexport.exporters.tensorrt), by default the example's only.
-
-    Returns the artifact with its ``path`` and ``comparison``. Raises UsageError (an unknown format, an existing path,
-    what the format cannot write), MissingDependencyError, PrecisionError (the file is not in the asked precision), and
-    EquivalenceError, with nothing written, where the proof fails.
-    """
-    from foldexport import artifact, exporters
-    from foldexport.exporters.options import ExportOptions
-    from foldexport.verify import require
-    from foldexport.verify.reference import reference
-
-    row = exporters.get(format)
-    exporter = exporters.exporter(row)
-    artifact.check_destination(path, overwrite=overwrite)
-    free = ("batch",) if folded.graph.dynamic.get("batch") and not row.fixed_by_default else ()
-    free = profile.free_axes() if profile is not None else free
-    names = [None if given is None else tuple(given) for given in (input_names, output_names)]
-    options = ExportOptions(
-        *names, opset=opset, dynamic=free if dynamic is None else tuple(dynamic), precision=precision, half_io=half_io,
-        tensorrt=tensorrt, profile=profile,
-    )  # fmt: skip
-    example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
-    known = folded.certificate.references if folded.certificate else ()
-    reduced = in_precision(folded, precision, seed=seed, half_io=half_io)
-    if reduced is not None:
-        module, levels, unit = reduced.module, reduced.levels, reduced.unit
-    else:
-        rounding = None if folded.certificate is None else folded.certificate.rounding
-        module, levels, unit = in_dtype(folded.module, torch.float32), None if rounding is None else rounding.levels, {}
-    points = ()
-    if profile is not None:
-        shapes = [tuple(value.shape) for value in example if isinstance(value, Tensor)]
-        profile.check(options.names("input", len(shapes)), shapes, options.dynamic)
-        points = profile.points()
-    expected = reference(folded.graph, example, options, levels=levels, seed=seed, known=known, points=points, **unit)
-
-    def proved(file: Path) -> Comparison:
-        if reduced is not None:
-            reduced.require_delivered(exporter, file)
-        return require(expected.compare(exporter, file, module))
-
-    given = reduced.given(example) if reduced is not None else example
-    expected.introduce(exporter, module)
-    return artifact.write(exporter, module, given, path, options, prove=proved, overwrite=overwrite)
-
-
-def in_precision(folded: Folded, precision: str, *, seed: int = 0, half_io: bool = False) -> Prepared | None:
-    """The folded network in "fp16" or "bf16", as it would be exported; None for "fp32".
-
-    Raises UsageError for another precision, and what :func:`foldexport.precision.prepare.prepare` raises.
-    """
-    from foldexport.precision.prepare import prepare
-    from foldexport.precision.types import HALF
-
-    if half_io and precision != "fp16":
-        raise UsageError(f"half_io: inputs and outputs can be in fp16 only, not {precision}")
-    if precision == "fp32":
-        return None
-    if precision not in HALF:
-        raise UsageError(f"precision {precision!r}: wanted 'fp32', {', '.join(map(repr, HALF))}")
-    program = folded.refold() if folded.refold is not None else None
-    if program is not None and not _rounds_to(program.module, folded.module):
-        raise UsageError(f"the folded module's weights have changed since the fold: fold again to export it in {precision}")
-    inputs = [inputs for inputs, _ in folded.certificate.references] if folded.certificate else ()
-    return prepare(folded.graph, program, HALF[precision], module=folded.module, inputs=inputs, seed=seed, half_io=half_io)
-
-
-def _rounds_to(exact: nn.Module, module: nn.Module) -> bool:
-    """Whether every weight of ``module`` is one of ``exact`` rounded to its type, whatever their names."""
-    dtypes = {each.dtype for each in module.parameters()}
-    known = {(dtype, _digest(each.detach().to(dtype))) for each in exact.parameters() for dtype in dtypes}
-    return all((each.dtype, _digest(each.detach())) in known for each in module.parameters())
-
-
 def _require_digits(certificate: Certificate) -> None:
     """Raise EquivalenceError where the folded network, exact in float64, overflows or loses its digits in float32."""
     if certificate.folded32 is None or certificate.folded32 <= HOPELESS:
@@ -303,11 +203,6 @@ class _timed:
 
     def __exit__(self, *error: object) -> None:
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + time.perf_counter() - self._began
-
-
-def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bits."""
-    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def check_deterministic(graph: Graph) -> None:

@@ -1,6 +1,6 @@
 """argv → command → exit code. No tensors here, and nothing heavy is imported before a command runs.
 
-``foldexport CHECKPOINT --to onnx`` is the main command; a first word that names one of the others runs that one instead
+``foldexport CHECKPOINT… --to onnx`` is the main command; a first word that names one of the others runs that one instead
 (a checkpoint of such a name is passed as ``./inspect``).
 """
 
@@ -14,12 +14,13 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from foldexport import __version__
-from foldexport.commands import engine
+from foldexport.commands import engine, images
 from foldexport.commands.bench import bench
 from foldexport.commands.convert import convert
 from foldexport.commands.formats import formats
@@ -33,9 +34,12 @@ SECTIONS = {
     "Output": (
         "formats",
         "output",
+        "bundle",
         "overwrite",
+        "report",
         "dynamic",
         "precision",
+        "keep_fp32",
         "half_io",
         "max_drop",
         "opset",
@@ -44,7 +48,9 @@ SECTIONS = {
         "fold",
         "chain",
     ),
+    "Several checkpoints": ("recursive", "jobs"),
     "Network": ("arch", "arch_args", "input_shapes", "use_ema", "trust_pickle"),
+    "Images": images.NAMES,
     "Proof": ("data", "seed", "atol", "rtol", "device"),
     "TensorRT": engine.NAMES,
     "Talk": ("as_json", "quiet", "debug"),
@@ -74,7 +80,7 @@ class Commands(click.Group):
         return list(OTHERS)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "CHECKPOINT --to FORMAT[,FORMAT…] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "CHECKPOINT… | FOLDER --to FORMAT[,FORMAT…] [OPTIONS]")
         formatter.write_usage(ctx.command_path, "inspect | bench | verify | formats …", prefix=" " * len("Usage: "))
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -99,23 +105,43 @@ for each in (convert, inspect, bench, verify, formats):
     commands.add_command(each)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended: its exit code, and what to say where it failed."""
+
+    code: int
+    message: str | None = None
+    error: BaseException | None = None
+
+    @property
+    def kind(self) -> str:
+        """The error's class; a command that was interrupted met none."""
+        return type(self.error).__name__ if self.error is not None else "Interrupted"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are one or two lines on stderr."""
     words = sys.argv[1:] if argv is None else list(argv)
     # Threads that spin while they wait make PyTorch several times slower wherever something else wants the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ending = run(words)
+    return ending.code if ending.message is None else _failed(words, ending)
+
+
+def run(words: list[str], terminal: Any = None) -> Ending:
+    """Run one command line; nothing is printed about an error. terminal: in place of the `Terminal` that a command would make."""
     try:
         with _polite():
-            code = commands.main(args=words or ["--help"], prog_name="foldexport", standalone_mode=False)
+            code = commands.main(args=words or ["--help"], prog_name="foldexport", standalone_mode=False, obj=terminal)
     except click.exceptions.Abort:
-        return _failed(words, "interrupted; nothing was left behind.", INTERRUPTED)
+        return Ending(INTERRUPTED, "interrupted; nothing was left behind.")
     except click.ClickException as error:
-        return _failed(words, _usage(error), 2, error)
+        return Ending(2, _usage(error), error)
     except FoldexportError as error:
-        return _failed(words, _bug(error) if error.exit_code == 1 else str(error), error.exit_code, error)
+        return Ending(error.exit_code, _bug(error) if error.exit_code == 1 else str(error), error)
     except Exception as error:  # the last resort: whatever else is raised is a mistake in this program
-        return _failed(words, _bug(error), 1, error)
-    return code if isinstance(code, int) else 0
+        return Ending(1, _bug(error), error)
+    return Ending(code if isinstance(code, int) else 0)
 
 
 def before_dashes(words: list[str]) -> list[str]:
@@ -135,17 +161,16 @@ def _bug(error: Exception) -> str:
     return f"this is a bug of ours: {what}\nRun with --debug and report what it prints."
 
 
-def _failed(words: list[str], message: str, code: int, error: BaseException | None = None) -> int:
+def _failed(words: list[str], ending: Ending) -> int:
     options = before_dashes(words)
-    if "--debug" in options and error is not None:
-        traceback.print_exception(error)
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    if "--debug" in options and ending.error is not None:
+        traceback.print_exception(ending.error)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {ending.message}", err=True)
     if "--json" in options:
         from foldexport.report.terminal import write_json
 
-        kind = type(error).__name__ if error is not None else "Interrupted"
-        write_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": code}})
-    return code
+        write_json({"ok": False, "error": {"type": ending.kind, "message": ending.message, "exit_code": ending.code}})
+    return ending.code
 
 
 @contextmanager

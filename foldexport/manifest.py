@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foldexport import __version__
+from foldexport import __version__, preprocessing
 from foldexport.artifact import Artifact
 from foldexport.errors import UsageError
 from foldexport.exporters.options import ExportOptions
@@ -28,11 +28,11 @@ from foldexport.precision.prepare import Prepared
 from foldexport.precision.quantised import Quantised
 from foldexport.study import Question, Study
 from foldexport.trace import Graph
-from foldexport.verify import Tolerance
+from foldexport.verify import Comparison, Tolerance
 from foldexport.verify.reference import Reference
 
 SCHEMA = 1
-PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors")
+PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "onnxsim", "safetensors", "openvino")
 NEEDED = ("foldexport", "checkpoint", "artifacts", "golden")
 
 
@@ -46,6 +46,7 @@ def build(
     tolerance: Tolerance | None = None,
     command: Sequence[str] = (),
     reduced: Prepared | Quantised | None = None,
+    on_device: Sequence[Comparison] = (),
 ) -> dict[str, Any]:
     """The manifest as plain values; artifacts are named relative to it."""
     inputs, outputs = interface(study.graph, study.example, options)
@@ -57,6 +58,7 @@ def build(
         "inputs": inputs,
         "outputs": outputs,
         "precision": precision,
+        **({"device": on_another_device(reference, on_device)} if on_device else {}),
         "artifacts": [artifact_record(each) for each in artifacts],
         "tolerance": asdict(tolerance) if tolerance else None,
         "probes_left_out": reference.dropped,
@@ -79,7 +81,7 @@ def describe(question: Question, study: Study) -> dict[str, Any]:
             "arch": arch or None, "arch_args": question.arch_args,
             "num_classes": network.num_classes, "notes": network.notes,
         },
-        "preprocessing": network.preprocessing,
+        "preprocessing": preprocessing.described(network.preprocessing),
         "costs": {"before": study.before.to_dict(), "after": study.after.to_dict() if study.after else None},
         "evaluated": study.evaluated,
         **({"chain": chained(study.ledger)} if question.chain else {}),
@@ -96,6 +98,11 @@ def chained(ledger: Ledger) -> dict[str, Any]:
         "turned": [entry.module for entry in entries if entry.status == "folded"],
         "kept": [{"module": entry.module, "reason": entry.reason} for entry in entries if entry.status == "kept"],
     }
+
+
+def on_another_device(reference: Reference, found: Sequence[Comparison]) -> dict[str, Any]:
+    """What ran on the device that was asked for beside the artifacts, and the training graph's float32 noise there, per output."""
+    return {"name": reference.device, "float32_noise": reference.levels_there, "comparisons": [each.to_dict() for each in found]}
 
 
 def artifact_record(artifact: Artifact) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Nothing is put in place before the last proof held, and then everything is, the 
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from foldexport import destination, device, exporters, manifest, propagation
-from foldexport.artifact import Artifact, check_destination, describe, staged
+from foldexport.artifact import Artifact, check_destination, describe, staged, written
+from foldexport.bundle import contents, golden, place
 from foldexport.errors import UsageError
 from foldexport.exporters import Format
 from foldexport.exporters.options import ExportOptions
@@ -22,15 +24,15 @@ from foldexport.precision.prepare import Prepared, prepare
 from foldexport.precision.quantised import Quantised
 from foldexport.precision.types import HALF, PRECISIONS
 from foldexport.study import Clock, Progress, Question, Study, study
-from foldexport.verify import Tolerance, require
+from foldexport.verify import Comparison, Tolerance, on_device, require
 from foldexport.verify.reference import Reference, reference
 
 if TYPE_CHECKING:
+    from foldexport.bundle.golden import Golden
     from foldexport.exporters.tensorrt.options import TensorRTOptions
     from foldexport.exporters.tensorrt.profile import Profile
 
-__all__ = ["Order", "Outcome", "Question", "Study", "check_plot", "convert", "inspect", "plot"]
-
+__all__ = ["Order", "Outcome", "Question", "Study", "check_plot", "check_report", "convert", "inspect", "plot", "report"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Order:
 
     dynamic: None for a free batch where the network allows one.     command: argv, for the manifest.
     tensorrt, profile: how an engine is built and the shapes it takes; the axes that vary there are free in every file.
+    bundle: a folder or FILE.zip that takes everything, in place of ``output``.      report: a page about it, FILE.html.
+    keep_fp32: modules that stay in float32 at fp16 and bf16.      device: where everything is run to be compared.
     """
 
     formats: tuple[Format, ...]
@@ -49,6 +53,7 @@ class Order:
     precision: str = "fp32"
     half_io: bool = False
     max_drop: float | None = None
+    keep_fp32: tuple[str, ...] = ()
     opset: int | None = None
     device: str = "cpu"
     tolerance: Tolerance | None = None
@@ -56,17 +61,34 @@ class Order:
     command: tuple[str, ...] = ()
     tensorrt: TensorRTOptions | None = None
     profile: Profile | None = None
+    bundle: Path | None = None
+    report: Path | None = None
 
 
 @dataclass(eq=False)
 class Outcome:
-    """What one command made: the study, the artifacts in the order asked for, and the manifest."""
+    """What one command made: the study, the artifacts in the order asked for, and the manifest.
+
+    on_device: the training graph's and the folded module's comparisons on the device that was asked for; none on the CPU.
+    golden: the inputs and outputs that artifacts are verified on. bundle: the folder or zip that holds everything, if asked for.
+    """
 
     study: Study
     artifacts: list[Artifact]
     manifest_path: Path
     manifest: dict[str, Any] = field(repr=False)
     reduced: Prepared | Quantised | None = None
+    on_device: list[Comparison] = field(default_factory=list)
+    golden: Golden | None = field(default=None, repr=False)
+    bundle: Path | None = None
+    report: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that is in place now, the manifest last; of a bundle all of its files, or the zip."""
+        if self.bundle is None:
+            return [*(path for artifact in self.artifacts for path in artifact.files), self.manifest_path]
+        return sorted(each for each in self.bundle.rglob("*") if each.is_file()) if self.bundle.is_dir() else [self.bundle]
 
 
 def inspect(question: Question, progress: Progress | None = None) -> Study:
@@ -110,11 +132,43 @@ def plot(
     return measured
 
 
+def check_report(path: Path, *inputs: Path, overwrite: bool = False) -> None:
+    """Whether a page can be put at ``path``, before any work; ``inputs`` are never replaced. Raises UsageError."""
+    from foldexport.report.html import document
+
+    document.check(path, *inputs, overwrite=overwrite)
+
+
+def report(
+    found: Study, question: Question, path: Path, *, command: tuple[str, ...] = (), overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """The page of an inspection, at ``path``."""
+    record = manifest.describe(question, found)
+    with destination.made(path.parent), staged([path], overwrite=overwrite) as (place,):
+        _write_report(place, found, record, question, command, Clock(progress))
+
+
+def _write_report(
+    path: Path, found: Study, record: dict[str, Any], question: Question, command: tuple[str, ...], clock: Clock,
+    manifest_name: str = "",
+) -> None:
+    from foldexport.report.html import document, page
+
+    with clock.stage("report"):
+        facts = document.of_study(found, record, seed=question.seed, command=command, manifest_name=manifest_name)
+        path.write_text(page.page(facts), encoding="utf-8")
+
+
 def convert(question: Question, order: Order, progress: Progress | None = None) -> Outcome:
     """The main command.
 
     Raises a FoldexportError, with nothing left behind, when any stage refuses or any proof fails.
     """
+    if order.report is not None:
+        check_report(order.report, question.checkpoint, overwrite=order.overwrite)
+    if order.bundle is not None:
+        return _bundled(question, order, order.bundle, progress)
     clock = Clock(progress)
     order = _with_free_axes(order)
     places = destination.plan(question.checkpoint, order.output, order.formats)
@@ -129,17 +183,61 @@ def convert(question: Question, order: Order, progress: Progress | None = None) 
             points=order.profile.points() if order.profile else (),
             known=found.certificate.references if found.certificate else (), **(reduced.unit if reduced else {}),
         )  # fmt: skip
-    targets = [*places.artifacts, places.manifest]
-    with destination.made(places.folder), staged(targets, overwrite=order.overwrite) as paths:
+    on_there = _on_device(order, found, reduced, expected, clock, question.seed)
+    page = [order.report] if order.report is not None else []
+    targets = [*places.artifacts, *page, places.manifest]
+    companions = [*places.companions, *((),) * len(page), ()]
+    with ExitStack() as stack:
+        for folder in dict.fromkeys([places.folder, *(each.parent for each in page)]):
+            stack.enter_context(destination.made(folder))
+        paths = stack.enter_context(staged(targets, overwrite=order.overwrite, companions=companions))
         artifacts = [
             _export(row, path, found, _own_options(row, order, options), expected, order.tolerance, clock, reduced)
-            for row, path in zip(order.formats, paths[:-1], strict=True)
+            for row, path in zip(order.formats, paths)
         ]
         record = manifest.build(
-            question, found, artifacts, expected, options, tolerance=order.tolerance, command=order.command, reduced=reduced
+            question, found, artifacts, expected, options, tolerance=order.tolerance, command=order.command, reduced=reduced,
+            on_device=on_there,
         )
+        if page:
+            _write_report(paths[-2], found, record, question, order.command, clock, places.manifest.name)
         paths[-1].write_text(manifest.dumps(record), encoding="utf-8")
-    return Outcome(found, [_in(places.folder, each) for each in artifacts], places.manifest, record, reduced)
+    placed = [_in(places.folder, each) for each in artifacts]
+    return Outcome(found, placed, places.manifest, record, reduced, on_there, golden.of(expected), report=order.report)
+
+
+def _bundled(question: Question, order: Order, target: Path, progress: Progress | None) -> Outcome:
+    """The main command into a bundle: everything is made in its temporary folder, which is then moved in place."""
+    if order.output is not None:
+        raise UsageError(f"-o {order.output}: --bundle holds all the files; leave one of the two out.")
+    contents.refuse_names(destination.plan(question.checkpoint, "bundle/", order.formats).artifacts)
+    with place.staged(target, overwrite=order.overwrite) as folder:
+        inner = dataclasses.replace(order, output=f"{folder}/", bundle=None, overwrite=False, report=None)
+        done = convert(question, inner, progress)
+        assert done.golden is not None
+        contents.fill(folder, done.manifest, done.golden, question.checkpoint)
+        if order.report is not None:
+            with destination.made(order.report.parent), staged([order.report], overwrite=order.overwrite) as (path,):
+                name = target.name  # what `foldexport verify` takes
+                _write_report(path, done.study, done.manifest, question, order.command, Clock(progress), name)
+    done.artifacts = [_in(target, each) for each in done.artifacts]
+    done.report = order.report
+    done.bundle, done.manifest_path = target, target if place.is_zip(target) else target / done.manifest_path.name
+    return done
+
+
+def _on_device(
+    order: Order, found: Study, reduced: Prepared | Quantised | None, expected: Reference, clock: Clock, seed: int
+) -> list[Comparison]:
+    """The training graph and the folded module on the device that was asked for. Raises EquivalenceError."""
+    if order.device == "cpu":
+        return []
+    with clock.stage(f"run on {order.device}"):
+        module = reduced.module if isinstance(reduced, Prepared) else found.module
+        return on_device.prove(
+            found.graph, module, expected, levels=found.levels, folded=found.ledger is not None, tolerance=order.tolerance,
+            seed=seed,
+        )  # fmt: skip
 
 
 def _reduced(order: Order, question: Question, found: Study, clock: Clock) -> Prepared | Quantised | None:
@@ -156,7 +254,7 @@ def _reduced(order: Order, question: Question, found: Study, clock: Clock) -> Pr
         return prepare(
             found.graph, found.refold() if found.refold else None, HALF[order.precision], module=found.module,
             inputs=[inputs for inputs, _ in found.certificate.references] if found.certificate else (),
-            data=found.data or (), seed=question.seed, half_io=order.half_io,
+            data=found.data or (), seed=question.seed, half_io=order.half_io, keep=order.keep_fp32,
         )  # fmt: skip
 
 
@@ -170,13 +268,20 @@ def _refuse_early(question: Question, order: Order, places: destination.Destinat
         quantised.prepared(None, None, None, {})
     if order.max_drop is not None and order.precision != "int8":
         raise UsageError(f"--max-drop: is about int8, not {order.precision}; pass --precision int8.")
+    if order.keep_fp32 and order.precision not in HALF:
+        raise UsageError(f"--keep-fp32: is about {' and '.join(HALF)}, not {order.precision}; pass --precision fp16.")
+    if order.keep_fp32 and not question.fold:
+        raise UsageError("--keep-fp32: names layers of the folded network; leave out --no-fold.")
     if order.half_io and order.precision != "fp16":
         raise UsageError(f"--half-io: inputs and outputs can be in fp16 only, not {order.precision}; pass --precision fp16.")
-    if order.opset is not None and all(row.name != "onnx" for row in order.formats):
-        raise UsageError(f"--opset {order.opset}: is for onnx, which --to does not name.")
+    if order.opset is not None and not any(row.from_onnx for row in order.formats):
+        takers = ", ".join(row.name for row in exporters.FORMATS.values() if row.from_onnx)
+        raise UsageError(f"--opset {order.opset}: is for {takers}, none of which --to names.")
     ExportOptions(order.input_names, order.output_names, order.opset, order.dynamic or ())
     for row in order.formats:
-        exporters.require_installed(row)
+        if order.precision != "int8":
+            ExportOptions(precision=order.precision).require_precision(row.name, row.precisions)
+        exporters.require_writable(row)
     if any(row.name == "tensorrt" for row in order.formats):
         _refuse_engine(order)
     device.require(order.device)
@@ -259,13 +364,13 @@ def _export(
     weights: nn.Module | None = module if found.ledger is not None else None
     expected.introduce(exporter, weights, tolerance)
     with clock.stage(f"export {row.name}"):
-        notes = exporter.export(module, example, path, options)
+        notes = exporter.export(exporters.suited(exporter, module), example, path, options)
         if reduced:
             notes["precision"] = reduced.require_delivered(exporter, path).to_dict()
     with clock.stage(f"verify {row.name}"):
         comparison = require(expected.compare(exporter, path, weights, tolerance))
-        files = [each for each in path.parent.iterdir() if each.name.startswith(path.name)]
-    return describe(path, row.name, sorted(files), comparison=comparison, notes=notes)
+        files = written(path, row.beside(path))
+    return describe(path, row.name, sorted(files, key=lambda each: (each != path, each.name)), comparison=comparison, notes=notes)
 
 
 def _in(folder: Path, artifact: Artifact) -> Artifact:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foldexport.errors import UsageError
+from foldexport.normalise import Raw
 
 if TYPE_CHECKING:
     from foldexport.trace import Graph
@@ -36,7 +37,8 @@ class Probe:
     """One set of inputs of the network, in the order of the training graph's placeholders.
 
     name: "normal", "uniform" (in [0, 1)), "constant" (in space, a normal value per channel), "impulse" (in two
-        corners), "second size" (normal), "data" (the user's).
+        corners), "second size" (normal), "data" (the user's). Where the network takes raw pixels, uniform is of their whole
+        range, and the others are what it normalises to these values.
     inputs: floating inputs in float64, the others in the network's own dtype; what is not a tensor is passed as it is.
     optional: the network was not traced for this shape; a network or fold that does not take it is recorded only.
     resized: of other spatial sizes than the example. instead: the probe to judge where this one is not taken.
@@ -61,13 +63,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Slot:
-    """What a placeholder takes: example value, axes that follow the batch, exclusive range of integers."""
+    """What a placeholder takes: example value, axes that follow the batch, exclusive range of integers, raw pixels."""
 
     name: str
     example: object
     batch_axes: tuple[int, ...]
     integers: tuple[int, int]
     fraction: float
+    raw: Raw | None = None
 
     @property
     def is_float(self) -> bool:
@@ -186,8 +189,14 @@ def _draw(slots: list[Slot], batch: int | None, kind: str, seed: int, resized: l
         if resized is not None and resized[place] is not None:
             shape[2:] = resized[place]
         words = _words(seed, f"{kind}/{place}")
-        values.append(_float_value(kind, shape, words) if slot.is_float else _other_value(slot, shape, words))
+        values.append(_raw(kind, _float_value(kind, shape, words), slot.raw) if slot.is_float else _other_value(slot, shape, words))
     return tuple(values)
+
+
+def _raw(kind: str, drawn: Tensor, raw: Raw | None) -> Tensor:
+    if raw is None:
+        return drawn
+    return raw.top * drawn if kind == "uniform" else raw.pixels(drawn)
 
 
 def _float_value(kind: str, shape: list[int], words: Callable[[int], np.ndarray]) -> Tensor:
@@ -239,7 +248,7 @@ def _slot(graph: Graph, node: torch.fx.Node, example: object) -> Slot:
     discrete = example.numel() > 0 and not example.is_complex() and not example.is_floating_point()
     values = example.long() if discrete else torch.zeros(1, dtype=torch.long)
     integers = _index_range(graph, node) or (int(values.min()), int(values.max()) + 1)
-    return Slot(node.name, example, axes, integers, float(values.double().mean()))
+    return Slot(node.name, example, axes, integers, float(values.double().mean()), graph.raw)
 
 
 def _index_range(graph: Graph, node: torch.fx.Node) -> tuple[int, int] | None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from foldexport import device as devices
 from foldexport import exporters, manifest
-from foldexport.artifact import sha256
+from foldexport.artifact import contents, sha256
+from foldexport.bundle import GOLDEN, opened
+from foldexport.bundle import golden as golden_file
 from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, UsageError
-from foldexport.exporters import Format
+from foldexport.exporters import Format, placing
 from foldexport.study import Clock, Progress
 from foldexport.verify import Comparison, Tolerance
 from foldexport.verify.golden import check_golden
@@ -53,33 +56,60 @@ class Checked:
         return record | {"comparison": self.comparison.to_dict() if self.comparison else None}
 
 
-def recheck(path: Path, only: Iterable[Format] = (), progress: Progress | None = None) -> list[Checked]:
+def recheck(
+    path: Path, only: Iterable[Format] = (), progress: Progress | None = None, *, device: str = "cpu"
+) -> list[Checked]:
     """Check every artifact of the manifest at ``path``, or those of some formats.
 
+    device: where files are run if their runtimes can; where one cannot, its proof line says so.
+
     Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (a runtime that is not
-    installed). A mismatch is a finding, see :func:`require`.
+    installed, a device that is not there). A mismatch is a finding, see :func:`require`.
     """
+    devices.require(device)
+    broken = opened.changed(path) if opened.is_bundle(path) else None
     clock, document = Clock(progress), manifest.read(path)
     entries = _chosen(path, document, [row.name for row in only])
+    if broken is not None:
+        return _of_bundle(path.parent, broken, entries, document, clock, device)
     for entry in entries:
         exporters.require_installed(exporters.get(entry["format"]))
         for each in entry["files"]:
             if not (path.parent / each["name"]).is_file():
                 name = each["name"]
                 raise UsageError(f"{name} is not beside {path}: copy it there, or pass --format with the others.")
-    return [_check(path.parent, entry, document, clock) for entry in entries]
+    return [_check(path.parent, entry, document, clock, device) for entry in entries]
 
 
-def require(checked: list[Checked]) -> None:
+def _of_bundle(
+    folder: Path, broken: dict[str, str], entries: list[dict[str, Any]], document: dict[str, Any], clock: Clock, device: str
+) -> list[Checked]:
+    """Every file of the bundle that was changed, then its artifacts: one whose runtime is not installed here is not run."""
+    of_artifacts = {each["name"] for entry in document["artifacts"] for each in entry["files"]}
+    found = [Checked("bundle", name, [name], reason=f"{name} {why}") for name, why in broken.items() if name not in of_artifacts]
+    for entry in entries:
+        row, touched = exporters.get(entry["format"]), [each["name"] for each in entry["files"] if each["name"] in broken]
+        if touched:
+            found.append(Checked(row.name, entry["file"], touched, reason=f"{touched[0]} {broken[touched[0]]}"))
+        elif row.missing():
+            unrun = f"{', '.join(row.missing())} is not installed ({row.install})"
+            found.append(Checked(row.name, entry["file"], unrun=unrun))
+        else:
+            found.append(_check(folder, entry, document, clock, device))
+    return found
+
+
+def require(checked: list[Checked], *, every: bool = True) -> None:
     """Raise EquivalenceError, naming every file that is not what was exported or does not compute what was proved.
 
-    Raises MissingDependencyError where all that could be run holds, and one could not be run on this machine.
+    Raises MissingDependencyError where all that could be run holds, and one could not be run on this machine; of a bundle
+    (``every`` False), which is made for several, only where none could.
     """
     failed = [each.file for each in checked if each.reason]
     if failed:
         raise EquivalenceError(f"{len(failed)} of {len(checked)} artifacts failed: {', '.join(failed)}.")
     unrun = [each for each in checked if each.unrun]
-    if unrun:
+    if unrun and (every or len(unrun) == len(checked)):
         count = f"{len(unrun)} of {len(checked)} artifacts"
         raise MissingDependencyError(f"{count} could not be run here: {unrun[0].file}: {unrun[0].unrun}; verify on its machine.")
 
@@ -101,10 +131,26 @@ def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict
 def _require_whole(path: Path, entry: dict[str, Any]) -> None:
     """Raise CheckpointError unless the entry names files beside the manifest, and nothing else."""
     digests = {each["name"]: each["sha256"] for each in entry["files"]}
-    outside = [name for name in digests if Path(name).name != name]
-    if outside or entry["file"] not in digests:
+    outside = [name for name in digests if not _is_of(entry["file"], name)]
+    if outside or not any(name == entry["file"] or name.startswith(f"{entry['file']}/") for name in digests):
         name = (outside or [entry["file"]])[0]
         raise CheckpointError(f"{path}: names {name}, which is not one of the files beside it.")
+
+
+def _is_of(file: str, name: str) -> bool:
+    """Whether the name is one beside the manifest, or one inside of the artifact's own folder."""
+    first, *more = PurePosixPath(name).parts or ("",)
+    inside = first == file and ".." not in more and PurePosixPath(name).as_posix() == name
+    plain = Path(file).name == file and file not in (".", "..")
+    return plain and (Path(name).name == name or (bool(more) and inside and "\\" not in name))
+
+
+def _unknown(folder: Path, entry: dict[str, Any]) -> list[str]:
+    """Files in the artifact's folder, where it is one, that the manifest does not name."""
+    known = {each["name"] for each in entry["files"]}
+    artifact = folder / entry["file"]
+    there = contents(artifact) if artifact.is_dir() else []
+    return [name for name, each in there if name not in known and each.name != ".DS_Store"]  # which Finder leaves
 
 
 def _unit(document: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +161,14 @@ def _unit(document: dict[str, Any]) -> dict[str, Any]:
     return {"unit": "float32" if name == "fp32" else name, "dtype": dtype}
 
 
-def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock) -> Checked:
+def _on_device(document: dict[str, Any], device: str) -> dict[str, Any] | None:
+    """The golden set with the float32 noise that the export found on this kind of device, where it was run there."""
+    there, golden = document.get("device") or {}, document["golden"]
+    same = devices.kind(there.get("name", "")) == devices.kind(device) and _unit(document)["unit"] == "float32"
+    return golden | {"n32": there["float32_noise"]} if golden is not None and same else golden
+
+
+def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock: Clock, device: str) -> Checked:
     row = exporters.get(entry["format"])
     found = Checked(row.name, entry["file"])
     clock.tell(f"check {entry['file']}")
@@ -124,7 +177,12 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
         names = ", ".join(found.changed)
         found.reason = f"SHA-256 of {names} differs from the manifest's; copy it again, or export again"
         return found
-    if document["golden"] is None:
+    found.changed = _unknown(folder, entry)
+    if found.changed:
+        found.reason = f"{', '.join(found.changed)} is in it, but not in the manifest; copy it again, or export again"
+        return found
+    arrays = folder / GOLDEN if opened.is_bundle(folder / GOLDEN) and (folder / GOLDEN).is_file() else None
+    if document["golden"] is None and arrays is None:
         return found
     exporter = exporters.exporter(row)
     found.unrun = exporter.cannot_run(folder / entry["file"]) if hasattr(exporter, "cannot_run") else ""
@@ -133,14 +191,11 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     given = document.get("tolerance")
     tolerance = Tolerance(**given) if given else None
     clock.tell(f"run {entry['file']} in {exporter.runtime()}")
-    comparison = check_golden(
-        document["golden"],
-        exporter.load(folder / entry["file"]),
-        format=row.name,
-        label=exporter.runtime(),
-        tolerance=tolerance,
-        **_unit(document),
-    )
+    placed = placing.place(exporter, folder / entry["file"], device)
+    how = {"format": row.name, "label": placed.label, "tolerance": tolerance, **_unit(document)}
+    golden = document["golden"] if placed.device != device or device == "cpu" else _on_device(document, device)
+    comparison = check_golden(golden, placed.run, **how) if golden is not None else golden_file.check(arrays, placed.run, **how)
+    comparison.device = placed.device
     found.comparison = comparison
     found.reason = "" if comparison.ok else comparison.message
     return found

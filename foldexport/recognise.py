@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from foldexport import checkpoint, fingerprints, zoo
+from foldexport import checkpoint, fingerprints, preprocessing, zoo
 from foldexport.arch import load_arch, load_weights
 from foldexport.checkpoint import Checkpoint
 from foldexport.checkpoint.tensors import HALF_TYPES
@@ -55,6 +55,9 @@ def recognise(
     network = _built(read, arch, dict(arch_args or {})) if arch and ":" in arch else _known(read, arch, dict(arch_args or {}))
     network.notes[:0] = read.notes
     network.source = _facts(read)
+    network.preprocessing = dict(network.preprocessing)
+    if (names := preprocessing.names_in(read.metadata)) and len(names) == (network.num_classes or len(names)):
+        network.preprocessing["label_names"] = names
     return network
 
 

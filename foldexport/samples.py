@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from foldexport.errors import MissingDependencyError, UsageError
+from foldexport.preprocessing import COLOR_ORDER, PIXELS
 
 SAMPLES = 64  # of the first ones, in the order of names
 LABELS = "labels"  # the array of an .npz that holds class numbers, not an input
@@ -80,7 +81,9 @@ def _images(folder: Path, preprocessing: Mapping[str, Any], paths: Sequence[Path
     missing = [name for name in ("input_size", "mean", "std") if not preprocessing.get(name)]
     if missing:
         reason = f"nothing says the {', '.join(missing)} that the network's images have"
-        raise UsageError(f"--data {folder}: {reason}; pass an .npz of arrays that are preprocessed.")
+        raise UsageError(
+            f"--data {folder}: {reason}; pass --mean, --std and --input-shape, or an .npz of arrays that are preprocessed."
+        )
     if paths is None:
         paths = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)[:SAMPLES]
     if not paths:
@@ -95,16 +98,16 @@ def _image(path: Path, preprocessing: Mapping[str, Any]) -> np.ndarray:
         raise MissingDependencyError("--data with images needs Pillow: pip install pillow") from error
     try:
         with Image.open(path) as image:
-            return as_input(image.convert("RGB"), preprocessing)
+            return as_input(image.convert(COLOR_ORDER.get(preprocessing["input_size"][0], "RGB")), preprocessing)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for damaged files
         raise UsageError(f"--data {path}: cannot be read as an image ({error}).") from error
 
 
 def as_input(image: Any, preprocessing: Mapping[str, Any]) -> np.ndarray:
-    """An RGB picture as the network reads it, ``[3, H, W]`` float32, as timm's evaluation transform makes it.
+    """A picture as the network reads it, ``[C, H, W]`` float32, as timm's evaluation transform makes it.
 
     The shorter side goes to ``floor(size / crop_pct)``, the centre ``H×W`` is cut out, and ``(pixel/255 − mean) / std``
-    is taken.
+    is taken; of pixels from 0 to 255 where ``value_range`` says so.
     """
     from PIL import Image
 
@@ -117,6 +120,7 @@ def as_input(image: Any, preprocessing: Mapping[str, Any]) -> np.ndarray:
         how = str(preprocessing.get("interpolation", "")).upper()
         image = image.resize(size, getattr(Image.Resampling, how, Image.Resampling.BILINEAR))
     left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255.0
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32).reshape(height, width, -1)
+    pixels = pixels / (255.0 / tuple(preprocessing.get("value_range") or PIXELS)[1])
     mean, std = (np.asarray(preprocessing[name], dtype=np.float32) for name in ("mean", "std"))
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from foldexport import api, costs, samples
+from foldexport import api, costs, normalise, preprocessing, samples
 from foldexport.certify import Certificate
 from foldexport.costs import Costs
 from foldexport.errors import UsageError
@@ -33,7 +33,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Question:
-    """What the user says about a checkpoint; the fields are the options of the command line."""
+    """What the user says about a checkpoint; the fields are the options of the command line.
+
+    normalize: the largest value of raw pixels, 1 or 255, where mean and std are to be part of the network.
+    """
 
     checkpoint: Path
     arch: str | None = None
@@ -46,6 +49,10 @@ class Question:
     use_ema: bool | None = None
     free_axes: tuple[str, ...] = ()
     chain: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    normalize: float | None = None
+    class_names: Path | None = None
 
 
 @dataclass(eq=False)
@@ -105,11 +112,48 @@ def study(question: Question, clock: Clock) -> Study:
             question.checkpoint, arch=question.arch, arch_args=question.arch_args,
             trust_pickle=question.trust_pickle, use_ema=question.use_ema,
         )  # fmt: skip
+        names, raw = _settled(network, question)
         data = samples.load(question.data, network.preprocessing) if question.data else None
-        example = example_inputs(network, question, data)
-    if not question.fold:
-        return _plain(network, example, data, clock)
-    return _folded(network, example, data, question, clock)
+        example = example_inputs(network, question, data, raw)
+        if raw is not None:
+            network.module = normalise.normalized(network.module, example, raw)
+    found = _folded(network, example, data, question, clock) if question.fold else _plain(network, example, data, clock)
+    _name_classes(found, names, question)
+    return found
+
+
+def _settled(network: Network, question: Question) -> tuple[tuple[str, ...], normalise.Raw | None]:
+    """What the user says of the inputs, put into the network's preprocessing; class names, and the pixels of --normalize.
+
+    Raises UsageError for what does not fit.
+    """
+    names = preprocessing.read_names(question.class_names) if question.class_names else ()
+    if names:
+        preprocessing.require_names(names, network.num_classes, f"--class-names {question.class_names}")
+    shapes = question.input_shapes or network.input_shapes
+    network.notes += preprocessing.settle(
+        network.preprocessing, shapes, mean=question.mean, std=question.std, asked=bool(question.input_shapes)
+    )
+    if question.normalize is None:
+        return names, None
+    raw = preprocessing.raw_of(network.preprocessing, question.normalize)
+    network.notes.append(preprocessing.taken_in(network.preprocessing, raw))
+    return names, raw
+
+
+def _name_classes(found: Study, given: tuple[str, ...], question: Question) -> None:
+    """The user's class names, or those of the file where there is one for each output. Raises UsageError for a wrong count."""
+    fields = found.network.preprocessing
+    leaf = next(iter(found.graph.fx.output_node().args[0]), None)
+    shape = getattr(getattr(leaf, "meta", {}).get("val"), "shape", ())
+    count = int(shape[1]) if len(shape) > 1 and isinstance(shape[1], int) else None
+    if given:
+        preprocessing.require_names(given, count, f"--class-names {question.class_names}")
+        fields["label_names"] = given
+    elif fields.get("label_names") and len(fields["label_names"]) != count:
+        known = len(fields["label_names"])
+        found.network.notes.append(f"left out the {known} class names of the file: the network has {count} outputs")
+        del fields["label_names"]
 
 
 def _folded(network: Network, example: tuple, data: list | None, question: Question, clock: Clock) -> Study:
@@ -161,7 +205,9 @@ def _take_by_position(module: nn.Module, count: int) -> None:
     module.forward = positional
 
 
-def example_inputs(network: Network, question: Question, data: list[np.ndarray] | None) -> tuple[Tensor, ...]:
+def example_inputs(
+    network: Network, question: Question, data: list[np.ndarray] | None, raw: normalise.Raw | None = None
+) -> tuple[Tensor, ...]:
     """Inputs to trace at: of the asked shapes, else of the network's own, else the first sample of the data.
 
     Raises UsageError where nothing says what the inputs are, or the data has other shapes.
@@ -177,7 +223,9 @@ def example_inputs(network: Network, question: Question, data: list[np.ndarray] 
     if data is not None:
         _require_same_shapes(shapes, data, question.data)
     try:
-        drawn = golden_inputs(shapes, question.seed)
+        if raw is not None:
+            normalise.require_image(shapes, raw)
+        drawn = golden_inputs(shapes, question.seed, raw)
     except (MemoryError, ValueError, RuntimeError) as error:  # what numpy and torch raise for sizes beyond memory
         written = ", ".join("x".join(map(str, shape)) for shape in shapes)
         raise UsageError(f"--input-shape {written}: no such input can be made ({error}).") from error

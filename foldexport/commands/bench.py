@@ -40,7 +40,8 @@ class Batches(click.ParamType):
 @click.argument("targets", metavar="CHECKPOINT | ARTIFACT…", nargs=-1, required=True, type=FILE)
 @click.option("--runtimes", metavar="NAME[,NAME…]",
               help="Any of eager, compile, torchscript, onnxruntime, onnxruntime-plain (without its own optimisations), openvino, "
-              "tensorrt, cudagraphs. Default: those that work here; for files the usual one of their format.")
+              "tensorrt, cudagraphs. Default: those that work here; for files the usual one of their format. Only when named: "
+              "pt2, aotinductor, onnxruntime-web.")
 @click.option("--batch", "batches", type=Batches(), metavar="1,8,32", default=(), help="Sizes of the batch, each timed.")
 @click.option("--input-shape", "sizes", type=Shapes(), metavar="1x3x224x224", multiple=True,
               help="Default: the network's own. Repeat to time several; join the inputs of one network with +.")
@@ -54,7 +55,8 @@ class Batches(click.ParamType):
 @click.option("--baseline", metavar="NAME", help="What the others are compared with. Default: unfolded, or the first file.")
 @click.option("--rtol", type=float, metavar="X", help="Let outputs differ by X of their peak: for files of lower precision.")
 @click.option("--plot", type=FILE, metavar="FILE.png", help="Draw the result.")
-@click.option("--overwrite", is_flag=True, help="Replace a picture that exists.")
+@click.option("--report", "page", type=FILE, metavar="FILE.html", help="The result as a page.")
+@click.option("--overwrite", is_flag=True, help="Replace a picture or a report that exists.")
 @click.option("--arch", metavar="SPEC", help="The network where the file is not recognised: package.module:callable, "
               "path/file.py:callable, or a zoo name.")
 @click.option("--arch-arg", "arch_args", metavar="KEY=VALUE", multiple=True, help="An argument of it; repeatable.")
@@ -79,16 +81,18 @@ def bench(**options: Any) -> None:
     terminal = Terminal(options.pop("as_json"), options.pop("quiet"))
     options.pop("debug")
     targets: tuple[Path, ...] = options.pop("targets")
-    picture, overwrite = options.pop("plot"), options.pop("overwrite")
+    picture, page, overwrite = options.pop("plot"), options.pop("page"), options.pop("overwrite")
     with terminal.working() as progress:
-        if picture is None and overwrite:
-            raise UsageError("--overwrite: is for --plot, which is not given.")
+        if picture is None and page is None and overwrite:
+            raise UsageError("--overwrite: is for --plot and --report, neither of which is given.")
         from foldexport import pipeline
         from foldexport.benchmark import files, library, plot
 
         wish = _wish(options)
         if picture is not None:
             pipeline.check_plot(picture, overwrite=overwrite)
+        if page is not None:
+            pipeline.check_report(page, *targets, overwrite=overwrite)
         sizes = options.pop("sizes")
         if len(targets) > 1 or files.readers(targets[0]) and not _is_checkpoint(targets[0], options):
             _refuse_network_options(options)
@@ -101,7 +105,10 @@ def bench(**options: Any) -> None:
     from foldexport.report import bench as report
 
     record = report.document(timing, picture)
-    terminal.show(lambda screen: report.console(screen, timing, picture), record)
+    if page is not None:
+        report.save(record, page, command=click.get_current_context().meta["foldexport.argv"], overwrite=overwrite)
+        record["report"] = str(page)
+    terminal.show(lambda screen: report.console(screen, timing, picture, page), record)
 
 
 def _wish(options: dict[str, Any]) -> Any:
@@ -120,8 +127,9 @@ def _wish(options: dict[str, Any]) -> Any:
 
 
 def _is_checkpoint(path: Path, options: dict[str, Any]) -> bool:
-    """A TorchScript archive can be either: on its own it is read as a checkpoint."""
-    return path.suffix in (".pt", ".pth") or options["arch"] is not None
+    """A TorchScript archive and a program of torch.export can be either: on its own it is read as a checkpoint."""
+    compiled = path.name.endswith(".aoti.pt2")
+    return path.suffix in (".pt", ".pth", ".pt2") and not compiled or options["arch"] is not None
 
 
 def _refuse_network_options(options: dict[str, Any]) -> None:

@@ -7,25 +7,30 @@ from typing import Any
 
 import click
 
-from foldexport.commands import engine
-from foldexport.commands.options import Axes, Formats, network_options, output_options, question
+from foldexport.commands import engine, images, several
+from foldexport.commands.options import FILE, Axes, Formats, names_of, networks_options, output_options, question
 from foldexport.errors import UsageError
 from foldexport.exporters import FORMATS
 
 
 @click.command(short_help="Fold, prove and export a checkpoint.")
-@network_options
+@networks_options
 @click.option("--to", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", required=True,
               help=f"What to write: {', '.join(FORMATS)}; see foldexport formats.")  # fmt: skip
 @click.option("-o", "--output", metavar="PATH",
               help="A folder, or a file name for one format. Default: beside the checkpoint.")  # fmt: skip
+@click.option("--bundle", type=FILE, metavar="DIR|FILE.zip",
+              help="Everything in one folder or zip, with a card and a verify.py that proves it without foldexport.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--report", type=FILE, metavar="FILE.html", help="A page with the network before and after, and its proof.")
 @click.option("--dynamic", type=Axes(), metavar="AXES",
               help="Axes of any length: batch (default), batch,height,width, or none.")  # fmt: skip
 @click.option("--precision", default="fp32", metavar="TYPE",
               help="Of weights and arithmetic in the file: fp32 (default), fp16, bf16, or int8 for onnx, with --data.")  # fmt: skip
 @click.option("--max-drop", type=float, metavar="POINTS",
               help="With int8: accuracy that may be lost on the labelled samples of --data. Default: 1.")  # fmt: skip
+@click.option("--keep-fp32", "keep_fp32", metavar="NAME[,NAME…]", multiple=True, callback=names_of,
+              help="With fp16 or bf16: modules that stay in float32, with all below them. Repeatable.")  # fmt: skip
 @click.option("--half-io", is_flag=True, help="With fp16: inputs and outputs in fp16 too.")
 @click.option("--opset", type=int, metavar="N", help="Of ONNX. Default: the newest that torch.onnx writes well.")
 @click.option("--input-name", "input_names", metavar="NAME", multiple=True, help="Default: input. Repeat for several.")
@@ -40,7 +45,9 @@ from foldexport.exporters import FORMATS
               "times the network's own float32 noise.")  # fmt: skip
 @click.option("--rtol", type=float, metavar="X", help="See --atol.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
-              help="Where the training graph's own outputs are computed. Default: cpu.")  # fmt: skip
+              help="Where the training graph, the folded network and, where their runtimes can, the files are run to be "
+              "compared. Default: cpu.")  # fmt: skip
+@images.image_options
 @engine.engine_options
 @output_options
 def convert(**options: Any) -> None:
@@ -50,14 +57,21 @@ def convert(**options: Any) -> None:
         foldexport net.pth --to onnx
         foldexport net.pth --to onnx,torchscript -o build/
         foldexport net.pth --to onnx --arch net.py:Net --input-shape 1x3x224x224
+        foldexport checkpoints/ --to onnx -o build/ --jobs 4
 
     The architecture is recognised from the checkpoint's keys and shapes, or built by --arch. Every artifact is run
     in its own runtime and compared with the training graph in float64 before any file is put in place.
     """
     from foldexport.report.terminal import Terminal
 
-    terminal = Terminal(options.pop("as_json"), options.pop("quiet"))
-    options.pop("debug")
+    context = click.get_current_context()
+    checkpoints, recursive, jobs = options.pop("checkpoints"), options.pop("recursive"), options.pop("jobs")
+    if context.obj is None and several.meant(checkpoints):
+        several.convert(context, checkpoints, options, recursive=recursive, jobs=jobs)
+    options["checkpoint"] = checkpoints[0]
+    terminal = context.obj or Terminal(options["as_json"], options["quiet"])
+    for name in ("as_json", "quiet", "debug"):
+        options.pop(name)
     with terminal.working() as progress:
         from foldexport import pipeline
 

@@ -53,10 +53,33 @@ class Formats(click.ParamType):
         return resolve(value) if isinstance(value, str) else value
 
 
+class Checkpoint(click.Path):
+    """A file or a folder; an empty word is neither, though a path of it would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == "":
+            self.fail("an empty name: wanted a checkpoint file, or a folder of them.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def names_of(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
+    """``("a,b", "c")`` → ``("a", "b", "c")``: names of an option that is repeatable, and takes commas."""
+    words = [word.strip() for each in value for word in each.split(",")]
+    if not all(words):
+        raise click.BadParameter("an empty name; wanted names with commas between them.", ctx, param)
+    return tuple(dict.fromkeys(words))
+
+
 FILE = click.Path(path_type=Path)
 
+_CHECKPOINT = (click.argument("checkpoint", type=FILE),)
+_CHECKPOINTS = (
+    click.argument("checkpoints", metavar="CHECKPOINT… | FOLDER", nargs=-1, required=True, type=Checkpoint(path_type=Path)),
+    click.option("--recursive", is_flag=True, help="Look into the folders of a FOLDER too."),
+    click.option("--jobs", type=click.IntRange(min=1), metavar="N", default=1,
+                 help="Checkpoints to work on at a time, which share the cores. Default: 1."),
+)  # fmt: skip
 _NETWORK = (
-    click.argument("checkpoint", type=FILE),
     click.option("--arch", metavar="SPEC", help="The network where the file is not recognised: "
                  "package.module:callable, path/file.py:callable, or a zoo name."),
     click.option("--arch-arg", "arch_args", metavar="KEY=VALUE", multiple=True, help="An argument of it; repeatable."),
@@ -79,7 +102,12 @@ _OUTPUT = (
 
 def network_options(command: Callable) -> Callable:
     """CHECKPOINT and everything that says what is in it."""
-    return _with(command, _NETWORK)
+    return _with(command, (*_CHECKPOINT, *_NETWORK))
+
+
+def networks_options(command: Callable) -> Callable:
+    """CHECKPOINT…, folders of them, and everything that says what is in each."""
+    return _with(command, (*_CHECKPOINTS, *_NETWORK))
 
 
 def output_options(command: Callable) -> Callable:
@@ -109,4 +137,5 @@ def question(options: dict[str, Any]) -> Any:
     fold, chain = options.pop("fold", True), options.pop("chain", False)
     if chain and not fold:
         raise UsageError("--chain: is done by the fold, which --no-fold leaves out.")
-    return Question(**given, arch_args=arch_args, fold=fold, chain=chain)
+    images = {name: options.pop(name, None) for name in ("mean", "std", "normalize", "class_names")}
+    return Question(**given, arch_args=arch_args, fold=fold, chain=chain, **images)

@@ -12,11 +12,12 @@ from torch import fx, nn
 
 from foldexport import probes as drawn
 from foldexport.certify.rounding import REFUSE, Rounding, rounding
-from foldexport.errors import EquivalenceError, PrecisionError
+from foldexport.errors import EquivalenceError, PrecisionError, UsageError
 from foldexport.interpret import outputs
 from foldexport.precision.emulate import folded_run, own_run
 from foldexport.precision.groups import groups_of
 from foldexport.precision.half import PlainHalf, in_half
+from foldexport.precision.kept import kept_as_asked
 from foldexport.precision.ranges import Misfit, Size, Sizes, exponents, measure, misfits
 from foldexport.precision.readback import MULTIPLIERS, Delivered, require_delivered
 from foldexport.precision.scales import factors, prove, rescaled
@@ -34,7 +35,8 @@ class RangeReport:
     before: tensors of the folded network that overflow or vanish in the type as they are, by the user's layer.
     rescaled: groups of values that were given another scale; exponents: the smallest and the largest power of two.
     compared: values of the rescaled program that have the same bits as before, but for the exponent.
-    single: layers that stay in float32, and why. layers: convolutions and linear layers, all and in the half type.
+    single: layers that stay in float32, and why; asked: the names that the user gave for that. layers: convolutions and linear
+    layers, all and in the half type.
     """
 
     precision: str
@@ -43,6 +45,7 @@ class RangeReport:
     exponents: tuple[int, int] = (0, 0)
     compared: int = 0
     single: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
     layers: tuple[int, int] = (0, 0)
     largest: tuple[float, float] = (0.0, 0.0)
 
@@ -50,6 +53,7 @@ class RangeReport:
         return {
             "precision": self.precision, "misfits_before": self.before, "groups_rescaled": self.rescaled,
             "exponents": list(self.exponents), "values_proved": self.compared, "float32_layers": self.single,
+            "kept_as_asked": self.asked,
             "layers": self.layers[0], "layers_in_type": self.layers[1], "largest_weight": self.largest[0],
             "largest_activation": self.largest[1],
         }  # fmt: skip
@@ -105,20 +109,22 @@ def prepare(
     seed: int = 0,
     half_io: bool = False,
     rescale: bool = True,
+    keep: Sequence[str] = (),
 ) -> Prepared:
     """Bring a folded network into ``kind``.
 
     program: the folded network in float64; without one, ``module`` is taken as it is. inputs: on which ranges are measured, in
     float64; drawn where there are none. data: the user's own, one array per input. rescale: use the freedom
-    of scale (foldexport.precision.groups).
+    of scale (foldexport.precision.groups). keep: names of modules that stay in float32 whatever they hold, with all below them.
 
-    Raises PrecisionError where nothing of the network fits, EquivalenceError where the result is further from the training graph
-    than eight times that graph's own error in the type.
+    Raises UsageError for a name in ``keep`` that the folded network does not have, PrecisionError where nothing of the network
+    fits, EquivalenceError where the result is further from the training graph than eight times that graph's own error in the type.
     """
     noise = drawn.noise_probes(graph, seed=seed)
     low = own_run(graph, kind)
     if program is None:
         return _plain(graph, module, kind, noise, low, half_io)
+    asked = kept_as_asked(graph, program, keep)
     inputs = [*(inputs or _finite(graph, seed)), *(probe.inputs for probe in noise[:1]), *_users(graph, data)]
     sizes = measure(program.module, inputs)
     before = misfits(program.module, sizes, inputs, kind)
@@ -127,14 +133,17 @@ def prepare(
         changed, scaled = _rescale(program.module, sizes, inputs[0], kind, report)
     after = misfits(changed, scaled, inputs, kind) if report.rescaled else before
     single = _single(changed, after, scaled.shapes)
-    _describe(report, program, changed, scaled, before, after, single, kind)
+    _describe(report, program, changed, scaled, before, after, single, asked, kind)
+    if asked and report.layers[0] and not report.layers[1]:
+        raise UsageError(f"--keep-fp32 {','.join(keep)}: no layer is left for {kind.name}; name fewer, or ask for fp32.")
     if report.layers[0] and not report.layers[1]:
         first = next(iter(report.single.items()))
         raise PrecisionError(f"{kind.name}: no layer of the network fits ({first[0]}: {first[1]}); ask for bf16 or fp32.")
-    run = folded_run(changed, scaled.shapes, kind, single)
+    single32 = single.keys() | asked.keys()
+    run = folded_run(changed, scaled.shapes, kind, single32)
     found = rounding(graph, {"folded": run}, noise, kind.dtype, low=low)
     _require(found, kind)
-    return Prepared(in_half(changed, scaled.shapes, kind, single, half_io=half_io), kind, found, low, report, half_io)
+    return Prepared(in_half(changed, scaled.shapes, kind, single32, half_io=half_io), kind, found, low, report, half_io)
 
 
 def _finite(graph: Graph, seed: int) -> list[tuple]:
@@ -192,9 +201,12 @@ def _single(module: fx.GraphModule, found: Sequence[Misfit], real) -> dict[str, 
 
 def _describe(
     report: RangeReport, program: Program, changed: fx.GraphModule, sizes: Sizes, before: list[Misfit], after: list[Misfit],
-    single: dict[str, Misfit], kind: NumberType,
+    single: dict[str, Misfit], asked: dict[str, str], kind: NumberType,
 ) -> None:  # fmt: skip
-    label = lambda name: program.labels.get(name) or name  # noqa: E731
+
+    def label(name: str) -> str:
+        return program.labels.get(name) or name
+
     report.before = [
         {"layer": label(each.node), "what": each.what, "problem": each.problem, "found": each.found} for each in before
     ]
@@ -203,11 +215,14 @@ def _describe(
         reaches = f"reaches {misfit.found:.3g} of {kind.largest:.3g}"
         how = reaches if misfit.problem == "overflows" else f"loses {misfit.found:.0f} roundoffs"
         report.single.setdefault(label(name), f"{misfit.what}{of} {misfit.problem} ({how})")
+    for name, given in asked.items():
+        report.single.setdefault(label(name), f"as asked (--keep-fp32 {given})")
+    report.asked = list(dict.fromkeys(asked.values()))
     multiply = [
         node for node in changed.graph.nodes
         if node.op == "call_module" and isinstance(changed.get_submodule(node.target), MULTIPLIERS)
     ]  # fmt: skip
-    report.layers = (len(multiply), sum(node.name not in single for node in multiply))
+    report.layers = (len(multiply), sum(node.name not in single and node.name not in asked for node in multiply))
     weights = [float(each.abs().nan_to_num(0.0, 0.0, 0.0).max()) for each in changed.parameters() if each.numel()]
     report.largest = (max(weights, default=0.0), max((size.peak for size in sizes.activations.values()), default=0.0))
 
@@ -217,7 +232,7 @@ def _require(found: Rounding, kind: NumberType) -> None:
     if multiple is not None and not multiple <= REFUSE:
         raise EquivalenceError(
             f"{kind.name}: the folded network's error is {multiple:.1f} times the training graph's own {kind.name} noise "
-            f"({REFUSE:g} allowed); ask for fp32 or, if it is a matter of range, bf16."
+            f"({REFUSE:g} allowed); keep layers in float32 (--keep-fp32 NAME), or ask for fp32 or, where it is about range, bf16."
         )
 
 

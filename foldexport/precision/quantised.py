@@ -13,6 +13,7 @@ from torch import nn
 
 from foldexport import interpret
 from foldexport.errors import UsageError
+from foldexport.exporters import placing
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import WeightMatch
 from foldexport.precision import int8
@@ -69,7 +70,8 @@ class Quantised:
 
     def compare(self, expected: Any, exporter: Any, path: Path) -> Comparison:
         """The file on the golden inputs and probes; its own error there becomes the unit for `foldexport verify`."""
-        run = exporter.load(path)
+        placed = placing.place(exporter, path, expected.device)
+        run = placed.run
         levels = [2.0**-24] * len(expected.output_names)
         for inputs, wanted in zip(expected.inputs, expected.outputs, strict=True):
             found = run(*(each.float().numpy() for each in inputs if isinstance(each, torch.Tensor)))
@@ -78,10 +80,12 @@ class Quantised:
         if expected.golden is not None:
             expected.golden["n32"] = levels
         weights = half_a_step(self.module, exporter.weights(path)) if self.module is not None else None
-        return compare(
-            expected.outputs, run, expected.inputs, levels, format=exporter.name, label=exporter.runtime(),
+        found = compare(
+            expected.outputs, run, expected.inputs, levels, format=exporter.name, label=placed.label,
             output_names=expected.output_names, weights=weights, unit="int8",
         )  # fmt: skip
+        found.device = placed.device
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -93,6 +97,21 @@ class Quantised:
 
     def _reference(self, inputs: tuple) -> list[Any]:
         return [leaf for leaf in interpret.outputs(self.graph, inputs, torch.float32) if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Stands for the exporter where an int8 file is written: the network comes from ``quantised``, not from a module."""
+
+    quantised: Quantised
+    exporter: Any
+
+    @property
+    def name(self) -> str:
+        return self.exporter.name
+
+    def export(self, module: Any, example: tuple, path: Path, options: ExportOptions) -> dict[str, Any]:
+        return self.quantised.write(self.exporter, example, path, options)
 
 
 def half_a_step(module: nn.Module, arrays: dict[str, np.ndarray]) -> WeightMatch:
@@ -141,6 +160,35 @@ def prepared(
     if program is None:
         raise UsageError("--precision int8: quantises the folded network; leave out --no-fold.")
     arrays, labels, classes = samples.labelled(data, preprocessing, int8.CALIBRATION_SAMPLES + int8.JUDGED_SAMPLES)
+    return _of(graph, program, arrays, labels, classes, levels, max_drop)
+
+
+def of_arrays(
+    graph: Graph,
+    program: Callable[[], Any] | None,
+    arrays: list[np.ndarray],
+    labels: np.ndarray | None = None,
+    *,
+    levels: list[float] | None = None,
+    max_drop: float | None = None,
+) -> Quantised:
+    """The same with samples in memory: one array per input, batch first, and class numbers ``[N]``. Raises UsageError."""
+    if program is None:
+        raise UsageError("precision 'int8': the float64 fold is gone; fold again to quantise it")
+    counts = {len(each) for each in arrays}
+    if len(counts) != 1:
+        raise UsageError(f"data: has {', '.join(map(str, sorted(counts)))} samples for different inputs; wanted as many for each")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(arrays[0])):
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise UsageError(f"labels: are {found}; wanted one class number for each of the {len(arrays[0])} samples")
+    classes = int(labels.max()) + 1 if labels is not None else 0
+    return _of(graph, program, arrays, labels, classes, levels, max_drop)
+
+
+def _of(
+    graph: Graph, program: Callable[[], Any], arrays: list[np.ndarray], labels: np.ndarray | None, classes: int,
+    levels: list[float] | None, max_drop: float | None,
+) -> Quantised:  # fmt: skip
     found = Quantised(graph, program, int8.split(arrays, labels), levels, max_drop)
     scores = graph.fx.output_node().args[0][0].meta["val"]
     if labels is not None and (scores.dim() != 2 or int(scores.shape[1]) < classes):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FINDINGS_SHOWN = 3  # of a measurement; those about the machine come first
 
 
-def console(screen: Console, found: Timing, picture: Path | None = None) -> None:
+def console(screen: Console, found: Timing, picture: Path | None = None, page: Path | None = None) -> None:
     """A table for every runtime and size, what is wrong with it, and the machine."""
     screen.print(Text.assemble((found.subject, "bold cyan"), f"  {_machine(found)}"), soft_wrap=True)
     for each in found.measurements:
@@ -33,6 +33,8 @@ def console(screen: Console, found: Timing, picture: Path | None = None) -> None
         _line(screen, note, "dim")
     if picture is not None:
         _line(screen, f"drawn: {picture}", "")
+    if page is not None:
+        _line(screen, f"report: {page}", "")
 
 
 def document(found: Timing, picture: Path | None = None) -> dict[str, Any]:
@@ -40,6 +42,16 @@ def document(found: Timing, picture: Path | None = None) -> dict[str, Any]:
     from foldexport.manifest import plain
 
     return plain({"ok": True, **found.to_dict(), "plot": str(picture) if picture else None})
+
+
+def save(record: dict[str, Any], path: Path, *, command: Sequence[str] = (), overwrite: bool = False) -> None:
+    """The JSON document as a page at ``path``. Raises UsageError where no file can be put there."""
+    from foldexport import destination
+    from foldexport.artifact import staged
+    from foldexport.report.html import document, page
+
+    with destination.made(path.parent), staged([path], overwrite=overwrite) as (place,):
+        place.write_text(page.page(document.of_timing(record, command=command)), encoding="utf-8")
 
 
 def interval(entry: Entry) -> str:

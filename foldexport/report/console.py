@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from foldexport.artifact import size_bytes
 from foldexport.report import ledger
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 KEPT_SHOWN = 8
 WIDEST = 120
 INDENT = 2
-LEAD = 15  # columns of ✓ and a format's name
+LEAD = 17  # columns of ✓ and a format's name, or "training graph"
 OPERATORS = {"conv": "convolution", "conv_transpose": "transposed convolution", "linear": "linear", "relu": "ReLU",
              "relu6": "ReLU6", "add": "addition", "mul": "multiplication", "cat": "concatenation"}  # fmt: skip
 
@@ -40,6 +41,10 @@ def outcome(screen: Console, done: Outcome) -> None:
     _certificate(screen, done.study)
     if done.reduced is not None:
         _reduced(screen, done.reduced)
+    if done.on_device:
+        heading(screen, f"on {done.on_device[0].device}")
+        for each in done.on_device:
+            proof(screen, each)
     heading(screen, "artifacts")
     for artifact in done.artifacts:
         if artifact.comparison:
@@ -51,9 +56,13 @@ def outcome(screen: Console, done: Outcome) -> None:
         _sentence(screen, "", [said], "dim")
     screen.print()
     _files(screen, done)
+    for artifact in done.artifacts:
+        if artifact.comparison and not artifact.comparison.proven:
+            said = f"not proven here: {artifact.path.name} ({artifact.comparison.not_run}); verify it where it runs"
+            screen.print(Text(" " * INDENT + said, "yellow"), soft_wrap=True)
     screen.print()
     screen.print(Text(f"{_seconds(done.study.seconds)}", "dim"))
-    screen.print(Text.assemble(("next: ", "dim"), f"foldexport verify {_shell(done.manifest_path)}"), soft_wrap=True)
+    screen.print(Text.assemble(("next: ", "dim"), f"foldexport verify {_shell(done.bundle or done.manifest_path)}"), soft_wrap=True)
 
 
 def study(screen: Console, found: Study) -> None:
@@ -85,7 +94,7 @@ def formats(screen: Console, rows: Sequence[Status]) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         here = Text(f"✓ {row.runtime or row.format.runtime} {row.version}", "green") if row.works else Text("✗ see below", "yellow")
-        table.add_row(row.format.name, ", ".join(row.format.aliases), f"NAME{row.format.suffix}", here)
+        table.add_row(row.format.name, ", ".join(row.format.aliases), row.format.file_names, here)
     screen.print(table)
     for row in rows:
         if row.reason:  # a command to paste must not be broken across lines
@@ -110,7 +119,7 @@ def proof(screen: Console, found: Comparison) -> None:
     if found.top1 is not None:
         ties = f" ({len(found.top1.near_ties)} near-ties left out)" if found.top1.near_ties else ""
         parts.append(f"top-1 {found.top1.agree}/{found.top1.counted}{ties}")
-    _sentence(screen, f"{'✓' if found.ok else '✗'} {found.format}", parts, "green" if found.ok else "red")
+    _sentence(screen, f"{found.mark} {found.format}", parts, {"✓": "green", "–": "yellow", "✗": "red"}[found.mark])
     if found.message:
         _sentence(screen, "", [found.message], "yellow" if found.ok else "red")
 
@@ -140,6 +149,8 @@ def _shapes(found: Study) -> str:
 def _normalisation(preprocessing: dict) -> str:
     if not preprocessing.get("mean") or not preprocessing.get("std"):
         return ""
+    if preprocessing.get("inside_network"):
+        return f", RGB from 0 to {preprocessing['value_range'][1]:g}"
     mean, std = (" ".join(f"{value:.3f}" for value in preprocessing[name]) for name in ("mean", "std"))
     return f", RGB with mean {mean} and deviation {std}"
 
@@ -275,8 +286,8 @@ def _files(screen: Console, done: Outcome) -> None:
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
-    for path in [*(path for artifact in done.artifacts for path in artifact.files), done.manifest_path]:
-        table.add_row(" " * INDENT + _here(path), f"{size(path.stat().st_size)}B")
+    for path in [*done.files, *([done.report] if done.report is not None else [])]:
+        table.add_row(" " * INDENT + _here(path), f"{size(size_bytes(path))}B")
     screen.print(table)
 
 
@@ -288,7 +299,7 @@ def _seconds(stages: dict[str, float]) -> str:
 
 def _sentence(screen: Console, lead: str, parts: Sequence[str], style: str) -> None:
     """A lead and its parts, two spaces apart, broken between parts where the line is full."""
-    indent = INDENT + LEAD
+    indent = max(INDENT + LEAD, INDENT + len(lead) + 2)  # the name of a format may be longer
     width = _width(screen)
     lines = [""]
     for part in parts:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 def outcome(done: Outcome) -> dict[str, Any]:
     """The manifest, without its golden values, and where the files are."""
-    files = [str(path) for artifact in done.artifacts for path in artifact.files]
+    files = [str(path) for path in done.files if path != done.manifest_path]
     rest = {key: value for key, value in done.manifest.items() if key != "golden"}
+    rest |= {"report": str(done.report)} if done.report is not None else {}
     return {"ok": True, "manifest": str(done.manifest_path), "files": files, **rest}
 
 
@@ -40,6 +41,7 @@ def formats(rows: Sequence[Status]) -> dict[str, Any]:
         "formats": [
             {
                 "name": row.format.name, "aliases": list(row.format.aliases), "suffix": row.format.suffix,
+                "companions": list(row.format.companions),
                 "description": row.format.description, "extra": row.format.extra, "works": row.works,
                 "runtime": row.runtime or row.format.runtime, "version": row.version, "reason": row.reason,
             }

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from foldexport.errors import FoldexportError, ModelError, TraceError, UsageError
+from foldexport.normalise import Raw, named_as_before
 from foldexport.trace.calling import (
     ByKeyword,
     Inputs,
@@ -59,7 +60,8 @@ class Graph:
     ``source`` ("file.py:123 in forward", or '').
 
     module: what was traced and takes the graph's inputs in their order: the user's network without ``nn.DataParallel``
-    and the like, in Python where it is TorchScript. notes: what tracing fixed or left out, and where.
+    and the like, in Python where it is TorchScript. notes: what tracing fixed or left out, and where. raw: the pixels that it
+    takes, where it begins with their normalisation.
     """
 
     fx: fx.Graph
@@ -70,6 +72,7 @@ class Graph:
     dynamic: dict[str, bool]
     module: nn.Module | None = None
     notes: list[str] = field(default_factory=list)
+    raw: Raw | None = None
 
 
 def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: bool = True) -> Graph:
@@ -118,9 +121,10 @@ def _graph(module: nn.Module, exported: Exported, keywords: tuple[str, ...]) -> 
         graph, tensors = _decomposed_graph(module, program, keywords, first)
     names = [node.target for node in graph.find_nodes(op="placeholder")]
     called = ByKeyword(module, keywords) if keywords else module
-    return Graph(
+    found = Graph(
         graph, tensors, names, program.call_spec.out_spec, exported.used, {"batch": exported.batched}, called, exported.notes
     )
+    return named_as_before(found, module)
 
 
 # ---- what the network and its example must be
