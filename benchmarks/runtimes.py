@@ -36,6 +36,7 @@ from foldexport import exporters
 from foldexport.artifact import contents
 from foldexport.benchmark.measure import one_round
 from foldexport.errors import FoldexportError
+from foldexport.manifest import artifact_record, dumps, plain
 from foldexport.recognise import recognise
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +72,8 @@ def measure(checkpoint: Path, formats: list[str], data: str, images: int, rounds
                 rows[name] = {"failed": f"{error}"}
                 continue
             rows[name] = _written(artifact)
+            manifest = plain({"artifacts": [artifact_record(artifact)]})  # without one no executable code is opened
+            (path.parent / "network.manifest.json").write_text(dumps(manifest))
             if artifact.comparison.not_run:
                 rows[name]["not_run"] = artifact.comparison.not_run
                 continue

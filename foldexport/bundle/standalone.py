@@ -139,7 +139,9 @@ def litert(path, entry):
         network.invoke()
         return [network.get_tensor(each["index"]) for each in outputs]
 
-    return f"LiteRT {version('ai-edge-litert')}", whole_or_in_parts(run, int(inputs[0]["shape"][0]))
+    batch = int(inputs[0]["shape"][0])  # "fixed": why the file computes something else, without a word, where it is resized
+    fitted = in_parts(run, batch, batch) if entry["notes"].get("fixed") else whole_or_in_parts(run, batch)
+    return f"LiteRT {version('ai-edge-litert')}", fitted
 
 
 def ncnn(path, entry):
@@ -148,6 +150,7 @@ def ncnn(path, entry):
     network = ncnn.Net()
     half = entry["precision"] != "fp32"  # else ncnn rounds activations to halves where the processor can
     network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = half
+    network.opt.use_winograd_convolution = False  # as proven: it rounds several times more
     if network.load_param(str(path)) or network.load_model(str(path)[: -len("param")] + "bin"):
         raise ValueError("ncnn refuses the files")
     outputs = sorted(set(re.findall(r"\bout\d+\b", path.read_text(encoding="utf-8"))), key=lambda name: int(name[3:]))
