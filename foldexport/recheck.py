@@ -63,8 +63,8 @@ def recheck(
 
     device: where files are run if their runtimes can; where one cannot, its proof line says so.
 
-    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (a runtime that is not
-    installed, a device that is not there). A mismatch is a finding, see :func:`require`.
+    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (a device that is not there).
+    A mismatch is a finding, and so is a runtime that is not installed, see :func:`require`.
     """
     devices.require(device)
     broken = opened.changed(path) if opened.is_bundle(path) else None
@@ -73,7 +73,6 @@ def recheck(
     if broken is not None:
         return _of_bundle(path.parent, broken, entries, document, clock, device)
     for entry in entries:
-        exporters.require_installed(exporters.get(entry["format"]))
         for each in entry["files"]:
             if not (path.parent / each["name"]).is_file():
                 name = each["name"]
@@ -91,9 +90,6 @@ def _of_bundle(
         row, touched = exporters.get(entry["format"]), [each["name"] for each in entry["files"] if each["name"] in broken]
         if touched:
             found.append(Checked(row.name, entry["file"], touched, reason=f"{touched[0]} {broken[touched[0]]}"))
-        elif row.missing():
-            unrun = f"{', '.join(row.missing())} is not installed ({row.install})"
-            found.append(Checked(row.name, entry["file"], unrun=unrun))
         else:
             found.append(_check(folder, entry, document, clock, device))
     return found
@@ -183,6 +179,9 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
         return found
     arrays = folder / GOLDEN if opened.is_bundle(folder / GOLDEN) and (folder / GOLDEN).is_file() else None
     if document["golden"] is None and arrays is None:
+        return found
+    if row.missing():
+        found.unrun = f"{', '.join(row.missing())} is not installed ({row.install})"
         return found
     exporter = exporters.exporter(row)
     found.unrun = exporter.cannot_run(folder / entry["file"]) if hasattr(exporter, "cannot_run") else ""

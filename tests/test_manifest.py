@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from foldexport import exporters, manifest, pipeline, recheck
-from foldexport.errors import CheckpointError, UsageError
+from foldexport.errors import CheckpointError, MissingDependencyError, UsageError
+from foldexport.exporters import Format
 from tests.command import files, save_dirac
 
 KEYS = [
@@ -109,6 +110,21 @@ def test_a_spoilt_list_of_artifacts_is_refused(tmp_path, made, spoil):
     with pytest.raises(CheckpointError):
         recheck.recheck(path)
     assert files(tmp_path) == ["x.manifest.json"]
+
+
+def test_a_runtime_that_is_not_installed_does_not_keep_the_others_from_being_checked(made, tmp_path, monkeypatch):
+    """It is named, with the command that installs it, and the exit code says that not all was proved."""
+    document = json.loads(manifest.dumps(made.manifest))
+    document["artifacts"].append({**document["artifacts"][0], "format": "pt2"})
+    for name in ("small.torchscript.pt", "small.manifest.json"):
+        (tmp_path / name).write_bytes((made.manifest_path.parent / name).read_bytes())
+    (tmp_path / "small.manifest.json").write_text(manifest.dumps(document))
+    plain = Format.missing
+    monkeypatch.setattr(Format, "missing", lambda row: ["nowhere"] if row.name == "pt2" else plain(row))
+    ran, left = recheck.recheck(tmp_path / "small.manifest.json")
+    assert ran.comparison.ok and "nowhere is not installed" in left.unrun
+    with pytest.raises(MissingDependencyError, match="1 of 2 artifacts could not be run here"):
+        recheck.require([ran, left])
 
 
 def _sha256(path: Path) -> str:

@@ -57,5 +57,5 @@ def test_every_format_is_in_the_table() -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE) + re.findall(r'src="([^"]+)"', PAGE):
         assert target.startswith("https://") or (ROOT / target).exists(), target
