@@ -35,7 +35,12 @@ sys.exit(code)
 def command(*words: object, **options) -> subprocess.Popen:
     """``foldexport words…`` in a session of its own, as a shell starts it."""
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True, **options}
-    return subprocess.Popen([sys.executable, "-m", "foldexport", *map(str, words)], **given)
+    return subprocess.Popen([sys.executable, "-m", "foldexport", *map(str, words)], preexec_fn=interruptible, **given)
+
+
+def interruptible() -> None:
+    """A shell's jobs in the background ignore SIGINT, these tests among them where they are one; what they start does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:

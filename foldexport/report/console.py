@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 KEPT_SHOWN = 8
 WIDEST = 120
 INDENT = 2
+ROOM_FOR_ALIASES = 105  # columns of the terminal from which formats have their other names beside them
 LEAD = 17  # columns of ✓ and a format's name, or "training graph"
 OPERATORS = {"conv": "convolution", "conv_transpose": "transposed convolution", "linear": "linear", "relu": "ReLU",
              "relu6": "ReLU6", "add": "addition", "mul": "multiplication", "cat": "concatenation"}  # fmt: skip
@@ -88,14 +89,19 @@ def checked(screen: Console, found: Sequence[Checked]) -> None:
 
 
 def formats(screen: Console, rows: Sequence[Status]) -> None:
-    """The table of formats."""
+    """The table of formats; other names have a column of their own where there is room."""
+    wide = screen.width >= ROOM_FOR_ALIASES
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for title in ("format", "also", "file", "here"):
-        table.add_column(title, overflow="fold")
+    for title in ("format", *(["also"] if wide else []), "file", "here"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         here = Text(f"✓ {row.runtime or row.format.runtime} {row.version}", "green") if row.works else Text("✗ see below", "yellow")
-        table.add_row(row.format.name, ", ".join(row.format.aliases), row.format.file_names, here)
+        also = [", ".join(row.format.aliases)] if wide else []
+        table.add_row(row.format.name, *also, row.format.file_names, here)
     screen.print(table)
+    if not wide:
+        other = "; ".join(f"{', '.join(row.format.aliases)} for {row.format.name}" for row in rows if row.format.aliases)
+        screen.print(Text(f"also: {other}", "dim"))
     for row in rows:
         if row.reason:  # a command to paste must not be broken across lines
             screen.print(Text(f"{row.format.name}: {row.reason}", "dim" if row.works else "yellow"), soft_wrap=True)
