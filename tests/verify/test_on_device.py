@@ -194,8 +194,8 @@ def test_the_main_command_s_stages(tmp_path):
 
     screen = Console(record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the process
     console.outcome(screen, done)
-    shown = screen.export_text()
-    assert f"on {HERE}\n" in shown and "✓ training graph torch" in shown and "✓ folded module  torch" in shown
+    shown = " ".join(screen.export_text().split())
+    assert f" on {HERE} " in shown and "✓ training graph torch" in shown and "✓ folded module torch" in shown
     checked = recheck.recheck(done.manifest_path, device=HERE)
     assert all(each.ok for each in checked) and checked[0].comparison.device == HERE
 
