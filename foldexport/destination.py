@@ -76,6 +76,23 @@ def check(destination: Destination, checkpoint: Path, *, overwrite: bool) -> Non
             check_destination(path, overwrite=overwrite, companions=companions)
 
 
+def check_extra(path: Path, option: str, suffix: str, what: str, *, overwrite: bool = False) -> None:
+    """Whether a picture or a page can be put at ``path``, before any work; ``what``: "the picture is a PNG".
+
+    Raises UsageError, by the option's name: another suffix, a file that exists, a folder that cannot be written.
+    """
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"{option} {path}: {what}; wanted a name that ends with {suffix}.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{option} {path}: exists already; pass --overwrite to replace it, or name another file.")
+    try:
+        with made(path.parent):
+            check_destination(path, overwrite=True)
+    except UsageError as error:
+        reason = getattr(error.__cause__, "strerror", None) or "it is a folder"
+        raise UsageError(f"{option} {path}: no file can be put there ({reason}); name another.") from error
+
+
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """Make a folder where there is none; folders made here go again unless something was put into them."""

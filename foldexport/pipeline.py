@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from foldexport import destination, device, exporters, manifest, propagation
-from foldexport.artifact import Artifact, check_destination, describe, staged, written
+from foldexport.artifact import Artifact, describe, staged, written
 from foldexport.bundle import contents, golden, place
 from foldexport.errors import UsageError
 from foldexport.exporters import Format
@@ -103,17 +103,8 @@ def check_plot(path: Path, *, overwrite: bool = False) -> None:
     """
     from foldexport.report import plot as drawing
 
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--plot {path}: the picture is a PNG; wanted a name that ends with .png.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"--plot {path}: exists already; pass --overwrite to replace it, or name another file.")
+    destination.check_extra(path, "--plot", ".png", "the picture is a PNG", overwrite=overwrite)
     drawing.require()
-    try:
-        with destination.made(path.parent):
-            check_destination(path, overwrite=True)
-    except UsageError as error:
-        reason = getattr(error.__cause__, "strerror", None) or "it is a folder"
-        raise UsageError(f"--plot {path}: no file can be put there ({reason}); name another.") from error
 
 
 def plot(

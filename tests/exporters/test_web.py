@@ -96,7 +96,7 @@ def test_what_the_runtime_says_is_told(made, web, tmp_path):
 
 def test_a_process_that_ends_is_told(made):
     session = EXPORTER.load(made[1])
-    session._child.kill()
+    session._child.process.kill()
     with pytest.raises(RuntimeError, match="its Node process ended"):
         session(np.zeros((1, *IMAGE), np.float32))
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import subprocess
-import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from foldexport.exporters.child import Child
 from foldexport.exporters.web.node import Web
 
 RUNNER = Path(__file__).with_name("runner.mjs")
-PATIENCE_S = 10  # for a process to end by itself
 
 
 class WebSession:
@@ -28,11 +23,7 @@ class WebSession:
     """
 
     def __init__(self, web: Web, path: str | Path, threads: int = 1) -> None:
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
-        self._child = subprocess.Popen(
-            [web.node, str(RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, cwd=tempfile.gettempdir()
-        )
-        self._end = weakref.finalize(self, _end, self._child, self._said)
+        self._child = Child([web.node, str(RUNNER)])
         request = {"op": "load", "package": str(web.package.resolve()), "model": str(Path(path).resolve()), "threads": threads}
         names = self._ask(request)
         self.inputs, self.outputs = names["inputs"], names["outputs"]
@@ -74,12 +65,9 @@ class WebSession:
     def _send(self, header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
         text = json.dumps(header).encode()
         try:
-            self._child.stdin.write(len(text).to_bytes(4, "little") + text)
-            for array in arrays:
-                self._child.stdin.write(array.reshape(-1).view(np.uint8).data)
-            self._child.stdin.flush()
+            self._child.send(len(text).to_bytes(4, "little"), text, *(array.reshape(-1).view(np.uint8).data for array in arrays))
         except OSError as error:
-            raise RuntimeError(self._last_words()) from error
+            raise RuntimeError(f"its Node {self._child.last_words('Error')}") from error
 
     def _receive(self) -> dict[str, Any]:
         header = json.loads(self._read(int.from_bytes(self._read(4), "little")))
@@ -88,26 +76,7 @@ class WebSession:
         return header
 
     def _read(self, count: int) -> bytes:
-        content = self._child.stdout.read(count)
+        content = self._child.read(count)
         if len(content) < count:
-            raise RuntimeError(self._last_words())
+            raise RuntimeError(f"its Node {self._child.last_words('Error')}")
         return content
-
-    def _last_words(self) -> str:
-        code = self._child.wait()
-        self._said.seek(0)
-        lines = [line for line in self._said.read().decode(errors="replace").splitlines() if "Error" in line]
-        return f"its Node process ended with code {code}{': ' + lines[-1].strip()[:300] if lines else ''}"
-
-
-def _end(child: subprocess.Popen, said: io.IOBase) -> None:
-    """Closing its input ends the process."""
-    with contextlib.suppress(OSError):  # it has ended already, with something unsent
-        child.stdin.close()
-    try:
-        child.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    child.stdout.close()
-    said.close()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldexport import __version__, destination, manifest, probes, propagation
-from foldexport.artifact import check_destination
 from foldexport.errors import FoldexportError, UsageError
 from foldexport.report.html.networks import networks
 
@@ -25,20 +24,11 @@ LEFT_OUT = ("golden", "seconds", "versions", "command", "foldexport")
 
 def check(path: Path, *inputs: Path, overwrite: bool = False) -> None:
     """Whether a page can be put at ``path``, before any work; what the command reads is never replaced. Raises UsageError."""
-    if path.suffix.lower() != SUFFIX:
-        raise UsageError(f"--report {path}: the report is a web page; wanted a name that ends with {SUFFIX}.")
     for each in inputs:
         with contextlib.suppress(OSError):
             if path.samefile(each):
                 raise UsageError(f"--report {path}: is what the command reads; name another file.")
-    if path.exists() and not overwrite:
-        raise UsageError(f"--report {path}: exists already; pass --overwrite to replace it, or name another file.")
-    try:
-        with destination.made(path.parent):
-            check_destination(path, overwrite=True)
-    except UsageError as error:
-        reason = getattr(error.__cause__, "strerror", None) or "it is a folder"
-        raise UsageError(f"--report {path}: no file can be put there ({reason}); name another.") from error
+    destination.check_extra(path, "--report", SUFFIX, "the report is a web page", overwrite=overwrite)
 
 
 def of_study(
