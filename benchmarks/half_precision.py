@@ -204,8 +204,8 @@ def page(networks: list[dict], checkpoints: list[dict], found: dict) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---|",
     ]  # fmt: skip
     for row in networks:
-        times = f"{row['times_unfolded']:.2f}" if math.isfinite(row["times_unfolded"]) else "–"
-        rms = f"{row['rms']:.2e}" if math.isfinite(row["rms"]) else "–"
+        times = f"{row['times_unfolded']:.2f}" if _finite(row["times_unfolded"]) else "–"
+        rms = f"{row['rms']:.2e}" if _finite(row["rms"]) else "–"
         verdict = "" if "passes" not in row else f"{'PASS' if row['passes'] else 'FAIL'} (≤ {WITHIN:g})"
         lines.append(f"| {row['network']} | {row['type']} | {row['variant']} | {row['largest_weight']:.3g} | "
                      f"{row['largest_activation']:.3g} | {rms} | {times} | {row['not_finite']} of {row['outputs']} | "
