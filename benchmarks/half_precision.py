@@ -38,6 +38,9 @@ HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent / "models"
 WITHIN = 2.0  # times the unfolded network's error in the same type
 NETWORKS = (("ResNet-101 IdShort, width 64, initialised", 101, 64, 0), ("ResNet-101 IdShort, width 16, biases drawn", 101, 16, 1))
+MEANING = """errors in multiples of the unfolded network's own noise in the type, of the ONNX file run by onnxruntime; accuracy
+on the test images of the file under onnxruntime, whose CPU kernels keep activations in float32 between layers, and with every
+value in the type, as a GPU has them:"""
 Run = Callable[[tuple], list[Any]]
 
 
@@ -211,21 +214,29 @@ def page(networks: list[dict], checkpoints: list[dict], found: dict) -> str:
                      f"{row['largest_activation']:.3g} | {rms} | {times} | {row['not_finite']} of {row['outputs']} | "
                      f"{verdict} |")  # fmt: skip
     if checkpoints:
-        lines += [
-            "", "## Trained checkpoints", "",
-            "Errors in multiples of the unfolded network's own noise in the type, of the ONNX file run by onnxruntime. Accuracy",
-            "on the test images: of the file under onnxruntime, whose CPU kernels keep activations in float32 between layers, and",
-            "with every value in the type, as a GPU has them.", "",
-            "| checkpoint | type | ONNX file | noise | top-1 agreement | top-1, onnxruntime | top-1, all in the type |",
-            "|---|---|---:|---:|---:|---:|---:|",
-        ]  # fmt: skip
-    for row in checkpoints:
+        lines += ["", "## Trained checkpoints", "", f"{MEANING[0].upper()}{MEANING[1:]}", "", *checkpoint_table(checkpoints)]
+    lines += ["", *(f"- {name}: {value}" for name, value in found["machine"].items()), ""]
+    return "\n".join(lines)
+
+
+def checkpoint_table(rows: list[dict]) -> list[str]:
+    lines = [
+        "| checkpoint | type | ONNX file | noise | top-1 agreement | top-1, onnxruntime | top-1, all in the type |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
         ties = f" ({row['near_ties']} near-ties)" if row["near_ties"] else ""
         lines.append(f"| {row['checkpoint']} | {row['type']} | {row['size_bytes'] / 1e6:.2f} MB | {row['noise_multiple']:.1f}× | "
                      f"{row['agree']}/{row['counted']}{ties} | "
                      f"{_share(row, 'correct_onnx')} | {_share(row, 'correct_in_type')} |")  # fmt: skip
-    lines += ["", *(f"- {name}: {value}" for name, value in found["machine"].items()), ""]
-    return "\n".join(lines)
+    return lines
+
+
+def card(rows: list[dict], path: Path) -> None:
+    """What ``models/card.py --extra`` puts into the card of one checkpoint."""
+    text = [f"**Half precision**, {MEANING}", "", *checkpoint_table(rows), "",
+            "From `python benchmarks/half_precision.py --only checkpoints --data PATH`."]  # fmt: skip
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def _share(row: dict, name: str) -> str:
@@ -251,6 +262,9 @@ def main() -> None:
             stem = asked.output / f"half-precision-{date}"
             stem.with_suffix(".json").write_text(json.dumps(_plain(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             stem.with_suffix(".md").write_text(page(networks, checkpoints, found), encoding="utf-8")
+        if path is not None and asked.cards:
+            rows = [row for row in checkpoints if row["checkpoint"] == path.stem]
+            card(rows, asked.cards / f"{path.stem}.half.md")
     print(page(networks, checkpoints, found))
     if not all(row.get("passes", True) for row in networks):
         sys.exit("our fold is not within twice the unfolded network's error: see the table")
@@ -275,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--limit", type=int, help="test images (default: all)")
     option("--threads", type=int, default=1)
     option("--only", choices=("networks", "checkpoints"), help="one of the two tables; the other stays as it was written today")
+    option("--cards", type=Path, help="folder for NAME.half.md, what models/card.py --extra takes")
     option("--quick", action="store_true", help="one small network and one checkpoint; writes nothing")
     option("--output", type=Path, default=HERE / "results", help="folder of the results (default: benchmarks/results)")
     return parser

@@ -119,14 +119,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", required=True, help="as for train.py")
     parser.add_argument("--to", default="onnx,torchscript")
-    parser.add_argument("--extra", type=Path, help="Markdown to stand behind the operators")
+    parser.add_argument("--extra", type=Path, nargs="*", default=[], help="files of Markdown to stand behind the operators")
     args = parser.parse_args(argv)
     network = recognise(args.checkpoint)
     record = json.loads(args.checkpoint.with_suffix(".json").read_text())
     folded = foldexport.fold(network.module, torch.randn(1, *network.preprocessing["input_size"]))
     rows = measure(args.checkpoint, args.data, args.to)
     draw(record, args.checkpoint.with_suffix(".png"))
-    extra = args.extra.read_text().strip() if args.extra else ""
+    extra = "\n\n".join(path.read_text(encoding="utf-8").strip() for path in args.extra)
     args.checkpoint.with_suffix(".md").write_text(page(args.checkpoint, network, folded, record, rows, extra))
     return 0
 
