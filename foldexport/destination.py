@@ -54,9 +54,9 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
 
 
 def is_folder(output: Path | str) -> bool:
-    """Whether ``output`` is a folder, or is named as one that may be made."""
-    text = str(output)
-    return text.endswith((os.sep, "/")) or Path(text).is_dir() or not Path(text).suffix
+    """Whether ``output`` is a folder, or is named as one that may be made: without a suffix, or as ``v1.0`` is."""
+    text, suffix = str(output), Path(output).suffix
+    return text.endswith((os.sep, "/")) or Path(text).is_dir() or not any(map(str.isalpha, suffix))
 
 
 def _in_folder(folder: Path, name: str, formats: Sequence[Format]) -> Destination:

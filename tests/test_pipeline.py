@@ -144,6 +144,11 @@ def test_names_come_from_the_checkpoint(name):
     assert found.artifacts == (Path("runs/net.onnx"),) and found.manifest == Path("runs/net.manifest.json")
 
 
+@pytest.mark.parametrize("output", ["out/v1.0", "out/2026.11.21", "out/v1"])
+def test_a_version_is_no_suffix(output, tmp_path):
+    assert plan(Path("net.pth"), tmp_path / output, resolve("onnx")).artifacts == (tmp_path / output / "net.onnx",)
+
+
 # ---- networks of other kinds
 
 FIXED = """
