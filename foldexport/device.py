@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,34 @@ def reduced_on_cpu() -> bool:
     return cpu.matmul.fp32_precision in REDUCED or cpu.conv.fp32_precision in REDUCED
 
 
+def with_device(module: Any, device: str) -> Any:
+    """The module, or its layers under a graph that makes its own tensors, as ``torch.zeros(n, device=…)`` does, on ``device``.
+
+    ``Module.to`` moves tensors only: a device that a traced graph names stays what it was.
+    """
+    import torch
+    from torch import fx
+
+    if not isinstance(module, fx.GraphModule) or not any(names_device(node) for node in module.graph.nodes):
+        return module
+    graph = copy.deepcopy(module.graph)
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda each: torch.device(device) if isinstance(each, torch.device) else each
+        )
+    return fx.GraphModule(module, graph).eval()
+
+
+def names_device(node: Any) -> bool:
+    """Whether a node of a graph has a device among its arguments."""
+    import torch
+    from torch import fx
+
+    found: list[bool] = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda each: found.append(isinstance(each, torch.device)))
+    return any(found)
+
+
 def product_precision() -> str:
     """``torch.get_float32_matmul_precision()``, also where torch refuses to say it since its two sets of switches disagree."""
     return _switches()["matmul"]
@@ -91,11 +120,12 @@ def product_precision() -> str:
 
 def _newer() -> dict[str, Any]:
     """The owners of the new switches, ``fp32_precision`` each."""
-    import torch.backends.cudnn.rnn
+    import torch
 
     backends = torch.backends
+    rnn = backends._FP32Precision("cuda", "rnn")  # backends.cudnn.rnn is it in 2.13; in 2.9 importing that name hides it
     return {
-        "cuda matmul": backends.cuda.matmul, "cudnn conv": backends.cudnn.conv, "cudnn rnn": backends.cudnn.rnn,
+        "cuda matmul": backends.cuda.matmul, "cudnn conv": backends.cudnn.conv, "cudnn rnn": rnn,
         "mkldnn matmul": backends.mkldnn.matmul, "mkldnn conv": backends.mkldnn.conv,
     }  # fmt: skip
 

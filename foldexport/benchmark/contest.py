@@ -190,7 +190,7 @@ def judge(
         warmup_steady=[record["steady"] for record in samples.records],
         disturbed_rounds=sum(int(each.any(axis=1).sum()) for each in samples.disturbed),
         clocks_mhz=[reading for record in samples.records for reading in record["clocks_mhz"]],
-        samples_s=samples.latencies_s,
+        gpu=[record["gpu"] for record in samples.records if record.get("gpu")], samples_s=samples.latencies_s,
     )  # fmt: skip
     made.load_average = load
     made.findings = _findings(made, case, per_variant, load)
@@ -205,7 +205,7 @@ def _findings(made: Measurement, case: Case, per_variant: list[list[np.ndarray]]
     if not all(made.warmup_steady):
         unsteady = made.warmup_steady.count(False)
         found.append(f"the warm-up ended without steady latencies in {unsteady} of {made.processes} processes")
-    found += diagnosis.clock_findings(made.clocks_mhz)
+    found += diagnosis.gpu_findings(made.gpu) if made.device == "cuda" else diagnosis.clock_findings(made.clocks_mhz)
     for variant, each in zip(case.variants, per_variant, strict=True):
         found += diagnosis.findings(variant.name, each)
     return found

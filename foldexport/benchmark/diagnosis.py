@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +45,18 @@ def clock_findings(readings_mhz: Sequence[Sequence[float]]) -> list[str]:
     if not every or max(every) <= (1 + CLOCK_RANGE) * min(every):
         return []
     return [f"clocks between {min(every):.0f} and {max(every):.0f} MHz: fix them for closer intervals"]
+
+
+def gpu_findings(readings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """About the GPU's clock at the end of every process (`foldexport.benchmark.gpu`)."""
+    if not readings:
+        return ["the GPU's clock is not known: pip install nvidia-ml-py"]
+    clocks = [reading["sm_mhz"] for reading in readings]
+    held = Counter(each for reading in readings for each in reading["held_by"])
+    found = [f"the GPU was held down by {each} in {count} of {len(readings)} processes" for each, count in held.items()]
+    if max(clocks) > (1 + CLOCK_RANGE) * min(clocks):
+        found.append(f"the GPU's clock was between {min(clocks)} and {max(clocks)} MHz: fix it with nvidia-smi --lock-gpu-clocks")
+    return found
 
 
 def load_findings(load_average: float | None, cores: int, threads: int) -> list[str]:

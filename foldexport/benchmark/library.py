@@ -92,7 +92,7 @@ def benchmark(
     levels = None if rounding is None else rounding.levels
     with _board(wish, progress or (lambda step: None)) as (board, folder, rows):
         networks = plan.Networks(
-            folded.source, folded.module, folded.graph, folded.example, folder / "files", levels, settings.seed
+            folded.source, folded.module, folded.graph, folded.example, folder / "files", levels, settings.seed, settings.device
         )
         _measure(board, networks, rows)
     return _timing(type(folded.source).__name__, board)
@@ -109,7 +109,7 @@ def of_checkpoint(question: Question, shapes: Sequence[Shapes], wish: Wish, prog
             subject = found.network.description
             networks = plan.Networks(
                 found.network.module, found.module, found.graph, found.example, folder / f"files{place}", found.levels,
-                wish.settings.seed,
+                wish.settings.seed, wish.settings.device,
             )  # fmt: skip
             board.wish = dataclasses.replace(wish, batches=wish.batches or batches)
             _measure(board, networks, rows)

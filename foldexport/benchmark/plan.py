@@ -35,12 +35,13 @@ class Networks:
 
     def __init__(
         self, source: nn.Module, folded: nn.Module, graph: Graph, example: Sequence[Tensor], folder: Path,
-        levels: Sequence[float] | None = None, seed: int = 0,
+        levels: Sequence[float] | None = None, seed: int = 0, device: str = "cpu",
     ) -> None:  # fmt: skip
+        """device: where the training graph's outputs in float64 are computed."""
         source = graph.module if graph.module is not None else source
         wide = weights_dtype(graph) != torch.float32
         self._modules = (copy.deepcopy(source).float() if wide else source, in_dtype(folded, torch.float32))
-        self._graph, self._folder, self._seed = graph, folder, seed
+        self._graph, self._folder, self._seed, self._device = graph, folder, seed, device
         self._example = tuple(value.float() if value.is_floating_point() else value for value in example)
         self._levels = list(levels) if levels is not None else None
         self._written: dict[tuple[str, ...], list[Variant]] = {}
@@ -68,8 +69,9 @@ class Networks:
                 for new, old in zip(drawn, self._example, strict=True)
             ]
             with torch.no_grad():
-                leaves = interpret.outputs(self._graph, inputs, torch.float64)
-            self._expected[batch] = [each.numpy() for each in inputs], [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                leaves = interpret.outputs(self._graph, inputs, torch.float64, device=self._device)
+            outputs = [leaf.cpu() for leaf in leaves if isinstance(leaf, Tensor)]
+            self._expected[batch] = [each.numpy() for each in inputs], outputs
         return self._expected[batch]
 
     def _noise(self) -> list[float]:

@@ -69,6 +69,7 @@ class Measurement:
     """Variants timed against one another in one runtime at one size; the baseline is `entries[baseline]`.
 
     disturbed_rounds: in which a run was taken off its core; left out of the ratios.   load_average: before it began.
+    gpu: of every process, `foldexport.benchmark.gpu.reading` when its last round had ended; empty where nothing tells.
     samples_s: per process ``[rounds, variants]``.   findings: what is wrong with the measurement, in sentences.
     """
 
@@ -87,6 +88,7 @@ class Measurement:
     warmup_steady: list[bool]
     disturbed_rounds: int
     clocks_mhz: list[list[float]]
+    gpu: list[dict[str, Any]] = field(default_factory=list)
     load_average: float | None = None
     findings: list[str] = field(default_factory=list)
     samples_s: list[np.ndarray] = field(default_factory=list, repr=False)
@@ -102,6 +104,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         every = [value for reading in self.clocks_mhz for value in reading]
+        there = [reading["sm_mhz"] for reading in self.gpu]
         return {
             "runtime": self.runtime, "version": self.version, "input_shapes": self.input_shapes, "batch": self.batch,
             "threads": self.threads, "device": self.device, "transfers": self.transfers, "level": self.level,
@@ -110,7 +113,9 @@ class Measurement:
             "warmup": {"rounds": self.warmup_rounds, "steady": self.warmup_steady},
             "disturbed_rounds": self.disturbed_rounds,
             "load_average_before": self.load_average,
-            "clocks_mhz": {"lowest": min(every), "highest": max(every)} if every else None, "findings": self.findings,
+            "clocks_mhz": {"lowest": min(every), "highest": max(every)} if every else None,
+            "gpu_clocks_mhz": {"lowest": min(there), "highest": max(there)} if there else None,
+            "gpu_held_by": sorted({each for reading in self.gpu for each in reading["held_by"]}), "findings": self.findings,
         }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from foldexport.errors import UsageError
 
@@ -50,6 +50,8 @@ def _unportable(module: nn.Module) -> str:
     """Why another process could not build the module's classes; empty where it can."""
     for each in module.modules():
         kind = type(each)
+        if isinstance(each, fx.GraphModule):  # which pickles as its code
+            continue
         if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
             return f"{kind.__qualname__} is defined where no other process can import it"
     return ""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from foldexport.benchmark import environment
+from foldexport.benchmark import environment, gpu
 from foldexport.benchmark.measure import measure
 from foldexport.benchmark.runtimes import RUNTIMES, Ready
 
@@ -79,6 +79,7 @@ def _work(task: Task) -> dict[str, Any]:
         measured = measure(
             runs, seconds=task.seconds, rounds=task.rounds, seed=task.seed, interruptions=environment.interruptions
         )
+        found["gpu"] = gpu.reading() if task.device == "cuda" else None  # at once: it slows down when it has nothing to do
         np.savez(task.latencies, latencies_s=measured.latencies_s, disturbed=measured.disturbed)
         found |= {"warmup_rounds": measured.warmup_rounds, "steady": measured.steady}
     else:

@@ -42,6 +42,7 @@ except ImportError:
 ALLOWED = 8.0  # multiples of the noise
 NOISE_FLOOR = 2.0**-24  # half a unit in the last place of float32
 TIE = 8.0  # multiples of the noise within which two classes may change places
+RTX = ("tensorrt_rtx_bindings", "tensorrt_rtx")  # one library: of the wheels, and of the source distribution over them
 DISCRETE = 1e-4  # share of the integers of an output (a map of classes) that near-ties may change
 AGREES, DIFFERS, NOT_RUN = "ok", "FAILED", "not run"
 NO_BUNDLE, WRONG, NOTHING_RAN = 2, 4, 5
@@ -169,7 +170,8 @@ def tensorrt(path, entry):
 
     if not torch.cuda.is_available():
         raise NotHere("no GPU that PyTorch can use")
-    trt = __import__("tensorrt_rtx" if entry["notes"]["flavour"] == "rtx" else "tensorrt")
+    names = RTX if entry["notes"]["flavour"] == "rtx" else ("tensorrt",)
+    trt = __import__(next(filter(importlib.util.find_spec, names), names[0]))
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise NotHere(f"TensorRT {trt.__version__} does not take the engine: build one for this GPU")
@@ -210,7 +212,7 @@ RUNNERS = {
     "litert": (("ai_edge_litert", "ai-edge-litert", litert),),
     "ncnn": (("ncnn", "ncnn", ncnn),),
     "pytorch": (("torch safetensors", "torch safetensors", torch_source),),
-    "tensorrt": (("torch tensorrt_rtx", "torch tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs", tensorrt),
+    "tensorrt": (*((f"torch {name}", "torch tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs", tensorrt) for name in RTX),
                  ("torch tensorrt", "torch tensorrt", tensorrt)),
 }  # fmt: skip
 
@@ -359,7 +361,7 @@ def check(folder, entry, manifest, golden, broken):
     runners = RUNNERS.get(entry["format"], ())
     there = [row for row in runners if all(importlib.util.find_spec(name) for name in row[0].split())]
     if not there:
-        install = " or ".join(f"pip install {row[1]}" for row in runners)
+        install = " or ".join(dict.fromkeys(f"pip install {row[1]}" for row in runners))
         return NOT_RUN, "", f"its runtime is not installed: {install}" if install else "foldexport verify can run it"
     if golden is None:
         return NOT_RUN, "", "golden.npz is not as it was"

@@ -28,7 +28,8 @@ def providers(device: str) -> list[Any]:
     if devices.kind(device) != "cuda":
         return [CPU]
     number = device.partition(":")[2] or "0"
-    return [(CUDA, {"device_id": number, "use_tf32": "0"}), CPU]
+    # Not the search among all of cuDNN's algorithms that is onnxruntime's default: each run of it may round otherwise.
+    return [(CUDA, {"device_id": number, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}), CPU]
 
 
 def lacks(device: str) -> str:

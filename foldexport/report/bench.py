@@ -135,6 +135,8 @@ def _conditions(found: Timing) -> list[str]:
         f"TF32 {here['tf32']}; OMP_WAIT_POLICY {here['omp_wait_policy']}",
     ]
     if how.get("device") == "cuda":
+        there = [reading["sm_mhz"] for each in found.measurements for reading in each.gpu]
+        lines.append(f"GPU clock {min(there)} to {max(there)} MHz" if there else "GPU clock unknown")
         lines.append(f"transfers: {'; '.join(dict.fromkeys(f'{each.runtime}: {each.transfers}' for each in found.measurements))}")
     return lines
 

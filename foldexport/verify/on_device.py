@@ -12,13 +12,12 @@ and the training graph itself is held against n32, the noise that the certificat
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from foldexport import device as devices
@@ -84,12 +83,19 @@ def training_graph(graph: Graph, expected: Reference, levels: Sequence[float]) -
     return judged, there
 
 
+def measured(graph: Graph, expected: Reference, device: str) -> list[float]:
+    """n_d of each output; n32 where it is more than `OWN_ALLOWED` times that, which no unit may hide."""
+    outputs = [_arrays(interpret.outputs(graph, inputs, torch.float32, device=device)) for inputs in expected.inputs]
+    there = noise(outputs, expected.outputs, expected.levels)
+    return there if times(there, expected.levels) <= OWN_ALLOWED else expected.levels
+
+
 def on(module: nn.Module, device: str) -> Callable[..., list[np.ndarray]]:
     """``*arrays -> [arrays]``: the module, run on ``device`` with copies of its tensors; it stays where it is.
 
     TF32 is off while it runs.
     """
-    module = _with_device(module, device)
+    module = devices.with_device(module, device)
     state = {name: each.detach().to(device) for name, each in (*module.named_parameters(), *module.named_buffers())}
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -143,21 +149,3 @@ def _judge(found: Comparison, there: Sequence[float], levels: Sequence[float], d
 
 def _arrays(leaves: Sequence[Any]) -> list[np.ndarray]:
     return [leaf.numpy(force=True) for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _with_device(module: nn.Module, device: str) -> nn.Module:
-    """The module, or its layers under a graph that makes its own tensors, as ``torch.arange(n, device=…)`` does, on ``device``."""
-    if not isinstance(module, fx.GraphModule) or not any(_mentions_device(node) for node in module.graph.nodes):
-        return module
-    graph = copy.deepcopy(module.graph)
-    for node in graph.nodes:
-        node.args, node.kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda each: torch.device(device) if isinstance(each, torch.device) else each
-        )
-    return fx.GraphModule(module, graph).eval()
-
-
-def _mentions_device(node: fx.Node) -> bool:
-    found: list[bool] = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda each: found.append(isinstance(each, torch.device)))
-    return any(found)

@@ -6,6 +6,7 @@ impulse probes, the user's data, and as many more normal samples as are cheap, s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foldexport import device as devices
 from foldexport import exporters, interpret, probes
 from foldexport.certify.rounding import Errors, rounding
 from foldexport.exporters import placing
@@ -45,7 +47,7 @@ class Reference:
     factors: per run and output the noise there, in units of the usual: above 1 on probes where the training graph itself rounds
     worse than usual, so that no file is blamed for it.
     device: where artifacts are run if their runtimes can; levels_there: the training graph's float32 noise there, measured by
-    `foldexport.verify.on_device`.
+    `foldexport.verify.on_device`. noise_on: measures it on another device, for a runtime that has one of its own.
     """
 
     levels: list[float]
@@ -59,11 +61,16 @@ class Reference:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     levels_there: list[float] | None = None
+    noise_on: Callable[[str], list[float]] | None = None
 
     def levels_on(self, device: str) -> list[float]:
         """The noise of what runs on ``device``; the half types' own is measured without their hardware, and holds anywhere."""
-        there = self.levels_there if device == self.device and self.unit == "float32" else None
-        return there or self.levels
+        if device == "cpu" or self.unit != "float32":
+            return self.levels
+        if device == self.device and self.levels_there is not None:
+            return self.levels_there
+        # An engine runs on a GPU whatever was asked for; where PyTorch cannot use it, the CPU's noise is all there is.
+        return self.levels if self.noise_on is None or devices.why_not(device) else self.noise_on(device)
 
     @staticmethod
     def of_tensors(graph: Graph, levels: Sequence[float]) -> list[float]:
@@ -153,6 +160,7 @@ def reference(
     found = Reference(
         [levels[place] for place in places], options.names("output", len(places)), unit=unit, dtype=dtype, device=device
     )
+    found.noise_on = functools.cache(lambda there: _noise_on(graph, found, there))
     low = low or (lambda inputs: interpret.outputs(graph, inputs, torch.float32))
 
     def record(*inputs: Tensor) -> list[Tensor]:
@@ -195,6 +203,12 @@ def _noise_there(leaves: list[Any], found: Reference, places: list[int]) -> list
             errors.add(wanted, leaves[place])
         factors.append(errors.rms / level if wanted.isfinite().all() else math.inf)
     return factors
+
+
+def _noise_on(graph: Graph, found: Reference, device: str) -> list[float]:
+    from foldexport.verify import on_device  # which needs this module
+
+    return on_device.measured(graph, found, device)
 
 
 def _runner(

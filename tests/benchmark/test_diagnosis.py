@@ -50,5 +50,9 @@ def test_a_handful_of_runs_shows_no_levels_and_no_drift():
 def test_clocks_and_load_are_told_where_they_matter():
     assert diagnosis.clock_findings([[3000.0, 3010.0], [2990.0, 3000.0]]) == [] == diagnosis.clock_findings([[]])
     assert diagnosis.clock_findings([[3000.0], [2000.0]]) == ["clocks between 2000 and 3000 MHz: fix them for closer intervals"]
+    cool = {"sm_mhz": 1980, "held_by": []}
+    assert diagnosis.gpu_findings([cool, cool]) == [] and "pip install nvidia-ml-py" in diagnosis.gpu_findings([])[0]
+    said = diagnosis.gpu_findings([cool, {"sm_mhz": 1500, "held_by": ["heat"]}])
+    assert said[0] == "the GPU was held down by heat in 1 of 2 processes" and "between 1500 and 1980 MHz" in said[1]
     assert diagnosis.load_findings(0.3, 2, 2) == [] == diagnosis.load_findings(None, 2, 1)
     assert "load average 3.0 on 2 cores" in diagnosis.load_findings(3.0, 2, 1)[0]

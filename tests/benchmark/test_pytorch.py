@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ import foldexport
 from foldexport.arch import load_arch
 from foldexport.benchmark import transport
 from foldexport.benchmark.runtimes import get
+from foldexport.benchmark.runtimes import pytorch as runtimes
 
 NET = """
 from torch import nn
@@ -83,3 +89,57 @@ def test_comparing_numbers_leaves_tf32_off(tmp_path, threads):
     path, _ = transport.save(Local().eval(), (torch.ones(2),), tmp_path / "net", free_batch=False)
     get("eager").load(path, [np.ones(2, np.float32)], 1, "cpu")
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+class Makes(nn.Module):
+    """Makes a tensor for every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3))
+        return torch.cat([y, torch.zeros(x.shape[0], 1, device=x.device) + y[:, :1]], 1)
+
+
+def test_what_a_graph_makes_itself_is_made_on_the_device_too(tmp_path):
+    """The device of the trace stands in the graph, where Module.to does not reach."""
+    x = torch.randn(2, 3, 6, 6)
+    folded = foldexport.fold(Makes().eval(), x)
+    path, _ = transport.save(folded.module, (x,), tmp_path / "net", free_batch=True)
+    moved = runtimes._module(path, "meta")
+    assert moved(torch.zeros(5, 3, 6, 6, device="meta")).device.type == "meta"
+
+
+def test_a_cuda_graph_keeps_what_it_reads(tmp_path, threads, monkeypatch):
+    """The capture itself needs a GPU (tests/gpu); that weights and inputs outlive it does not."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": nullcontext, "graph": nullcontext,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None), "synchronize": lambda: None,
+    }  # fmt: skip
+    for name, each in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, each)
+    path, _ = transport.save(nn.Linear(3, 2), (torch.ones(2, 3),), tmp_path / "net", free_batch=True)
+    held: list[weakref.ref] = []
+    load, prepare = runtimes._module, runtimes._prepare
+
+    def module(*given):
+        found = load(*given)
+        held.append(weakref.ref(found))
+        return found
+
+    def inputs(*given):
+        found = prepare(*given)
+        held.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(runtimes, "_module", module)
+    monkeypatch.setattr(runtimes, "_prepare", inputs)
+    ready = runtimes.cuda_graph(path, [np.ones((2, 3), np.float32)], 1, "cpu")
+    gc.collect()
+    assert len(held) == 2 and all(each() is not None for each in held) and ready.run() is not None
+    del ready
+    gc.collect()
+    assert all(each() is None for each in held)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from foldexport.benchmark import environment, runtimes
+from foldexport.benchmark import gpu as benchmark_gpu
 from foldexport.benchmark.library import Wish, available, settings_of
 from foldexport.benchmark.runtimes import RUNTIMES, get, missing, resolve, unsuited
 from foldexport.errors import MissingDependencyError, UsageError
@@ -67,11 +68,21 @@ def test_a_gpu_that_is_not_there_is_never_replaced_by_the_cpu(no_gpu):
     assert "cudagraphs" in available(wish())[1]
 
 
+def test_the_clock_of_a_gpu():
+    pynvml = pytest.importorskip("pynvml")
+    mask = pynvml.nvmlClocksEventReasonHwThermalSlowdown | pynvml.nvmlClocksEventReasonSwThermalSlowdown
+    assert benchmark_gpu.held_by(mask | pynvml.nvmlClocksEventReasonSwPowerCap) == ["its power limit", "heat"]
+    assert benchmark_gpu.held_by(pynvml.nvmlClocksEventReasonGpuIdle) == []
+    found = benchmark_gpu.reading()
+    assert found is None if environment.no_gpu() else found["sm_mhz"] > 0
+
+
 def test_pytorch_without_cuda_is_named_where_the_driver_is_well(gpu):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("PyTorch has CUDA here")
-    assert "CUDA" in missing(get("cudagraphs"), "cuda") and "onnxruntime-gpu" in missing(get("onnxruntime"), "cuda")
+    assert any(word in missing(get("cudagraphs"), "cuda") for word in ("CUDA", "NVIDIA driver"))
+    assert "onnxruntime-gpu" in missing(get("onnxruntime"), "cuda")
 
 
 def test_a_runtime_of_another_device_is_refused(gpu, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def test_it_is_python_3_9_and_needs_numpy_alone():
 
 def test_it_knows_only_formats_that_there_are():
     assert set(standalone.RUNNERS) <= set(FORMATS)
+
+
+def test_what_it_says_to_install_for_tensorrt_rtx_is_what_it_then_finds():
+    """The wheels have a module of another name than the source distribution over them."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    rows = standalone.RUNNERS["tensorrt"]
+    there = [row[1] for row in rows if all(importlib.util.find_spec(name) for name in row[0].split())]
+    assert "torch tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs" in there
 
 
 def golden_of(references: list[list[np.ndarray]], n32: list[float]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -353,3 +354,26 @@ def test_the_users_own_source_is_never_replaced(chain, tmp_path):
     with pytest.raises(UsageError, match="Python source that foldexport did not write"):
         artifact.check_destination(mine, overwrite=True)
     artifact.check_destination(chain[1], overwrite=True)
+
+
+class Makes(nn.Module):
+    """Makes a tensor for every batch, on its input's device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu().mean((2, 3))
+        return torch.cat([y, torch.zeros(x.shape[0], 1, device=x.device) + y[:, :1]], 1)
+
+
+def test_a_tensor_that_the_network_makes_itself_is_made_where_its_input_is(tmp_path):
+    folded = api.fold(Makes().eval(), EXAMPLE[0])
+    EXPORTER.export(folded.module, EXAMPLE, tmp_path / "net.py", ExportOptions(dynamic=("batch",)))
+    text = (tmp_path / "net.py").read_text()
+    assert "device=x.device" in text and "'cpu'" not in text and '"cpu"' not in text
+    spec = importlib.util.spec_from_file_location("written", tmp_path / "net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.load().to("meta")(torch.zeros(3, *IMAGE, device="meta")).shape == (3, 5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from foldexport.errors import UsageError
+from foldexport.errors import MissingDependencyError, UsageError
 from foldexport.exporters.tensorrt import driver, layers, messages, timing
 from foldexport.exporters.tensorrt.batches import fitted
 from foldexport.exporters.tensorrt.driver import Gpu
@@ -136,6 +137,31 @@ def test_errors_without_the_librarys_own_places():
     lines = [("ERROR", said), ("ERROR", said), ("WARNING", "slow"), ("ERROR", "[checkMacros.cpp::catchCudaError::250] Error")]
     assert messages.errors(lines) == ["Cannot compile operation 'fc'."]
     assert messages.kept([("VERBOSE", "x"), ("INFO", "Input filename:   /tmp/a"), ("INFO", "kept")]) == ["INFO: kept"]
+
+
+def test_a_talkative_builder_does_not_drown_its_error(monkeypatch):
+    monkeypatch.setattr(messages, "MOST_LINES", 3)
+    library = ModuleType("library")
+    library.ILogger = object
+    collector = messages.logger(library)
+    for place in range(9):
+        collector.log("Severity.VERBOSE", f"Tactic {place}")
+    collector.log("Severity.ERROR", "out of memory")
+    assert len(collector.lines) == 4 and messages.errors(collector.lines) == ["out of memory"]
+
+
+def test_a_library_that_does_not_start_says_why():
+    """What pybind11 makes of a null pointer, which Builder and Runtime are where CUDA cannot be used."""
+    log = SimpleNamespace(lines=[("ERROR", "of an earlier build")])
+
+    def null(given):
+        given.lines += [("INFO", "[MemUsageChange] Init CUDA"), ("WARNING", "CUDA initialization failure with error: 35.")]
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(MissingDependencyError, match="does not start on this machine: CUDA initialization failure with error: 35"):
+        messages.made(null, log)
+    log.lines.clear()
+    assert messages.made(lambda given: given, log) is log
 
 
 class Cache:

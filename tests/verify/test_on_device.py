@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import foldexport
-from foldexport import exporters, interpret, pipeline, recheck
+from foldexport import device, exporters, interpret, pipeline, recheck
 from foldexport.errors import EquivalenceError, MissingDependencyError
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.torchscript import TorchScriptExporter
@@ -97,6 +97,19 @@ def test_a_device_that_rounds_more_is_the_unit_there_and_only_there(folded, expe
     assert found.noise_multiple < 0.5 * expected.compare(TorchScriptExporter(), tmp_path / "net.pt", None).noise_multiple
 
 
+def test_a_runtime_with_a_device_of_its_own_is_measured_in_the_noise_there(folded, monkeypatch):
+    """An engine runs on a GPU also where nobody asked for one."""
+    example, levels = (torch.zeros(1, *IMAGE),), folded.certificate.rounding.levels
+    expected = reference(folded.graph, example, ExportOptions(), levels=levels)
+    LEVEL["n32"] = expected.levels[0]
+    monkeypatch.setattr(on_device, "interpret", SimpleNamespace(outputs=ten_times))
+    assert 5 < expected.levels_on(HERE)[0] / expected.levels[0] < 15 and expected.levels_on("cpu") == expected.levels
+    monkeypatch.setattr(on_device, "interpret", SimpleNamespace(outputs=tf32))
+    assert reference(folded.graph, example, ExportOptions(), levels=levels).levels_on(HERE) == levels  # no unit hides TF32
+    if device.why_not("cuda"):
+        assert expected.levels_on("cuda") == expected.levels
+
+
 def test_a_wrong_module_is_named(folded, expected):
     wrong = copy.deepcopy(folded.module)
     with torch.no_grad():
@@ -140,13 +153,13 @@ def test_tensors_that_a_graph_makes_itself_are_made_there():
             return x * torch.arange(4.0, device=torch.device("cpu")) * self.scale
 
     module = fx.symbolic_trace(Makes())
-    if not any(on_device._mentions_device(node) for node in module.graph.nodes):  # traced to a constant
+    if not any(device.names_device(node) for node in module.graph.nodes):  # traced to a constant
         node = next(each for each in module.graph.nodes if each.op == "call_function")
         with module.graph.inserting_before(node):
             made = module.graph.call_function(torch.arange, (4.0,), {"device": torch.device("cpu")})
         node.replace_input_with(node.args[1], made)
         module.recompile()
-    moved = on_device._with_device(module, "meta")
+    moved = device.with_device(module, "meta")
     devices = {each.kwargs["device"] for each in moved.graph.nodes if "device" in each.kwargs}
     assert devices == {torch.device("meta")} and moved.scale is module.scale
     assert {each.kwargs["device"] for each in module.graph.nodes if "device" in each.kwargs} == {torch.device("cpu")}

@@ -136,7 +136,8 @@ def missing(row: Runtime, device: str) -> str:
         except MissingDependencyError as error:
             return str(error)
     if device == "cuda" or "cpu" not in row.devices:
-        return _no_gpu(row)
+        without = "" if not row.compiler or importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+        return _no_gpu(row) or without
     if row.compiler and not compiler():
         return f"it {WANTED}"
     return ""

@@ -29,6 +29,8 @@ def session(path: Path, threads: int, device: str = "cpu", level: ort.GraphOptim
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL if level is None else level
     providers = [("CUDAExecutionProvider", {"use_tf32": "0"})] if device == "cuda" else []
+    if providers:
+        ort.preload_dlls()  # pip's CUDA and cuDNN: torch, which would have loaded them, is not imported here
     found = ort.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
     if device == "cuda" and found.get_providers()[0] != "CUDAExecutionProvider":
         raise RuntimeError("onnxruntime fell back to the CPU: its CUDA provider did not load")

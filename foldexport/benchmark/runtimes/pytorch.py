@@ -17,6 +17,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from foldexport.benchmark.runtimes import Ready
+from foldexport.device import with_device
 
 WARM_RUNS = 3  # in front of the capture of a CUDA graph, on a stream of their own, as PyTorch's notes on CUDA graphs ask
 
@@ -62,7 +63,10 @@ def ahead_of_time(path: Path, arrays: Sequence[np.ndarray], threads: int, device
 
 
 def cuda_graph(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
-    """The module's kernels, captured once and replayed."""
+    """The module's kernels, captured once and replayed.
+
+    A replay reads inputs and weights at their old addresses, and a graph does not keep alive what it reads.
+    """
     inputs, module = _prepare(arrays, threads, device), _module(path, device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -74,7 +78,7 @@ def cuda_graph(path: Path, arrays: Sequence[np.ndarray], threads: int, device: s
     with torch.inference_mode(), torch.cuda.graph(graph):
         result = module(*inputs)
 
-    def run() -> Any:
+    def run(_reads: Any = (module, inputs)) -> Any:  # held, else their memory would be the next network's
         graph.replay()
         torch.cuda.synchronize()
         return result
@@ -110,7 +114,7 @@ def _arrays(result: Any) -> list[np.ndarray]:
 def _module(path: Path, device: str) -> Callable:
     """What `transport.save` wrote: a pickled module with the places of its classes, or an exported program."""
     if path.suffix == ".pt2":
-        return torch.export.load(path).module().to(device)
+        return move_to_device_pass(torch.export.load(path), device).module()
     # The file was written by the process that started this one.
     record = torch.load(path, map_location="cpu", weights_only=False)
     for folder in record["folders"]:
@@ -119,7 +123,7 @@ def _module(path: Path, device: str) -> Callable:
     for name, file in record["files"].items():
         _import_file(name, file)
     module = torch.load(path.with_suffix(".module"), map_location="cpu", weights_only=False)
-    return module.eval().to(device)
+    return with_device(module.eval(), device).to(device)
 
 
 def _import_file(name: str, file: str) -> None:

@@ -41,12 +41,17 @@ class Text(str):
         return made
 
 
-def call(node: fx.Node, operand: Callable[[fx.Node], Text]) -> Text:
-    """The text of a ``call_function`` or ``call_method`` node. Raises UsageError for a function that torch does not have."""
+def call(node: fx.Node, operand: Callable[[fx.Node], Text], device: str) -> Text:
+    """The text of a ``call_function`` or ``call_method`` node; ``device`` stands for every device, so that the file runs on any.
+
+    Raises UsageError for a function that torch does not have.
+    """
 
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
             return operand(value)
+        if isinstance(value, torch.device):
+            return device
         if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
             inner = ", ".join(map(text, value))
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
+from foldexport.device import names_device
 from foldexport.errors import UsageError
 from foldexport.exporters.pytorch.calls import BINARY, Text, call, is_method
 from foldexport.exporters.pytorch.layers import constructor, functional, literal
@@ -80,6 +81,8 @@ class _Writer:
     def _forward(self) -> None:
         last = {node: max((self.lines_of[user] for user in node.users if user in self.lines_of), default=-1) for node in
                 self.module.graph.nodes}  # fmt: skip
+        if any(map(names_device, self.nodes)):  # that of the first input, whose name is then given to no other value
+            last[next(node for node in last if node.op == "placeholder")] = len(self.nodes)
         holders: dict[str, fx.Node] = {str(name): node for node, name in self.named.items() if node.op == "placeholder"}
         for place, node in enumerate(self.nodes):
             for held in node.all_input_nodes:
@@ -101,7 +104,7 @@ class _Writer:
 
     def _text(self, node: fx.Node) -> Text:
         if node.op != "call_module":
-            return call(node, self.named.__getitem__)
+            return call(node, self.named.__getitem__, f"{self.body.inputs[0]}.device")
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             raise UsageError(f"pytorch: `{node.target}` is called with more than one tensor; use onnx or torchscript.")
         operand, layer = self.named[node.args[0]], self._layer(node)

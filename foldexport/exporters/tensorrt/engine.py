@@ -35,7 +35,7 @@ def misfit(trt: ModuleType, path: Path) -> str:
     """
     if not hasattr(trt.Runtime, "get_engine_validity"):
         return ""
-    runtime = trt.Runtime(messages.logger(trt))
+    runtime = messages.made(trt.Runtime, messages.logger(trt))
     with open(path, "rb") as stream:
         _, flags = runtime.get_engine_validity(stream.read(runtime.engine_header_size))
     members = trt.EngineInvalidityDiagnostics.__members__
@@ -45,13 +45,13 @@ def misfit(trt: ModuleType, path: Path) -> str:
 class Engine:
     """A deserialised engine and its execution context; they and the runtime are kept for as long as it is used.
 
-    Raises EquivalenceError where the library refuses the file.
+    Raises EquivalenceError where the library refuses the file, MissingDependencyError where it does not start here.
     """
 
     def __init__(self, trt: ModuleType, path: Path) -> None:
         self.trt, self.log = trt, messages.logger(trt)
         self.log.lines.clear()
-        self._runtime = trt.Runtime(self.log)
+        self._runtime = messages.made(trt.Runtime, self.log)
         self.engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             said = "; ".join(messages.errors(self.log.lines)[:2]) or "it does not say why"

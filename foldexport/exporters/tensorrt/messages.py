@@ -7,7 +7,9 @@ import re
 from types import ModuleType
 from typing import Any
 
-MOST_LINES = 200_000
+from foldexport.errors import MissingDependencyError
+
+MOST_LINES = 200_000  # beyond which verbose ones are dropped: full TensorRT writes several for every tactic that it tries
 SHOWN = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 #: Lines of the parser's banner, which name the temporary file, and of nothing that concerns the network.
@@ -34,10 +36,27 @@ def logger(trt: ModuleType) -> Any:
             self.lines: list[tuple[str, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if len(self.lines) < MOST_LINES:
-                self.lines.append((str(severity).rpartition(".")[2], message))
+            level = str(severity).rpartition(".")[2]
+            if len(self.lines) < MOST_LINES or level in SHOWN:
+                self.lines.append((level, message))
 
     return Collector()
+
+
+def made(kind: type, log: Any) -> Any:
+    """A ``Builder`` or a ``Runtime``. Raises MissingDependencyError, with what was logged, where the library does not start here.
+
+    It then gives a null pointer, of which pybind11 makes a TypeError; the reason, such as a driver too old for its CUDA, may be
+    a warning.
+    """
+    before = len(log.lines)
+    try:
+        return kind(log)
+    except TypeError as error:
+        new = log.lines[before:]
+        said = errors(new) or [_plain(text) for severity, text in new if severity == "WARNING"]
+        reason = "; ".join(said[-2:])[:300] or "it does not say why"
+        raise MissingDependencyError(f"tensorrt: the library does not start on this machine: {reason}.") from error
 
 
 def errors(lines: list[tuple[str, str]]) -> list[str]:

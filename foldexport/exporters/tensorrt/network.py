@@ -78,11 +78,13 @@ class Proof:
 
 
 def parse(trt: ModuleType, file: Path) -> Parsed | list[Unsupported]:
-    """The network of an ONNX file, or the nodes that it is refused for. Raises UsageError for any other refusal."""
+    """The network of an ONNX file, or the nodes that it is refused for. Raises UsageError for any other refusal, and
+    MissingDependencyError where the library does not start here.
+    """
     log = messages.logger(trt)
     proto = onnx.load(str(file), load_external_data=False)
     data = file.read_bytes()
-    builder = trt.Builder(log)
+    builder = messages.made(trt.Builder, log)
     refused = _refused(trt, builder, log, data, file)
     if refused:
         return refused
