@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import foldexport
 from foldexport.errors import MissingDependencyError
 from foldexport.exporters import FORMATS, get
+from foldexport.exporters.aotinductor import compiler
 from tests.exporters import formats
 from tests.exporters.installed import need
 
@@ -50,8 +50,8 @@ def folded():
 def test_python(page, folded, tmp_path):
     module, result = folded
     row = get(PAGES[page][0])
-    if page == "aotinductor" and not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
+    if page == "aotinductor" and compiler.lacks():
+        pytest.skip(f"aotinductor {compiler.lacks()}")
     need(row.name)
     foldexport.export(result, row.name, tmp_path / f"net{row.suffix}")
     np.save(tmp_path / "images.npy", IMAGES.numpy())

@@ -16,6 +16,8 @@ from foldexport.fold.conv import Conv
 from foldexport.fold.emitter import Operand
 from foldexport.fold.stored import Stored
 
+EPSILON = 2.0**-17  # of a batch norm that stays
+
 
 @dataclass
 class Step:
@@ -172,10 +174,15 @@ def _affine(stored: Stored) -> Step:
 
 
 def _batch_norm(stored: Stored) -> nn.Module:
-    """``γ·s + β`` as a batch norm with μ = 0, σ² = 1, ε = 0: one operator, which runtimes fuse where they can."""
+    """``γ·s + β`` as a batch norm with μ = 0 and σ² + ε = 1: one operator, which runtimes fuse where they can.
+
+    ε is a power of two near the usual 1e-5, so that 1 − ε and its sum with ε are exact in float32 too; ε = 0 is refused by
+    training in PyTorch, and by inference as well in its versions 2.10 to 2.12.
+    """
     size = stored.shape[1]
     make = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[stored.rank]
-    layer = make(size, eps=0.0, dtype=torch.float64)
+    layer = make(size, eps=EPSILON, dtype=torch.float64)
+    layer.running_var.fill_(1.0 - EPSILON)
     scale, shift = stored.attrs["affine"].vector(1, size)
     layer.weight, layer.bias = _parameter(scale.clone()), _parameter(shift.clone())
     return layer.eval()

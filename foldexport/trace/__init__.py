@@ -81,8 +81,8 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: b
     example: the inputs of ``forward``, by position; those that it takes by keyword come last. dynamic: ask for a symbolic
     batch axis; ``Graph.dynamic`` says whether the network allowed it.
 
-    Raises ModelError (train mode, another result at each call), UsageError (example is no tensor, or the network does not
-    run on it) and TraceError (it cannot be traced), with the user's names and source line.
+    Raises ModelError (train mode, another result at each call), UsageError (example is no tensor, either is on a GPU, or the
+    network does not run on it) and TraceError (it cannot be traced), with the user's names and source line.
     """
     inputs = _checked(example)
     network = unwrapped(module)
@@ -91,6 +91,7 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: b
     refuse_hidden_methods(network)
     _refuse_train_mode(network)
     _refuse_lazy(network)
+    _refuse_gpu(network, inputs)
     try:
         return _traced(network, inputs, dynamic)
     except Exception as error:
@@ -159,6 +160,18 @@ def _refuse_lazy(module: nn.Module) -> None:
         raise ModelError(
             f"{type(module).__name__} has lazy layers whose weights have no shape yet: {names}.\n"
             "Load its checkpoint, or call it once on an input."
+        )
+
+
+def _refuse_gpu(module: nn.Module, inputs: Inputs) -> None:
+    """Raises UsageError for tensors on another device: the fold, its probes and its proof are float64 on the CPU."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors |= {f"input {place}": value for place, value in enumerate(inputs)}
+    there = next((name for name, tensor in tensors.items() if tensor.device.type not in ("cpu", "meta")), None)
+    if there is not None:
+        raise UsageError(
+            f"'{there}' is on {tensors[there].device}: a fold is made and proved on the CPU. Call .cpu() on the network and its "
+            'inputs; foldexport.export(…, device="cuda") then runs both networks and the file on the GPU'
         )
 
 

@@ -176,6 +176,12 @@ REASONS = (
         "Use the torch function of that name",
     ),
     Reason(
+        _says(r"argument of type: <class 'torch\._C\.Generator'>"),
+        "a random generator",
+        lambda f: f"{_expression(f)} draws from a torch.Generator, which no graph holds",
+        "Keep its result in a buffer instead",
+    ),
+    Reason(
         _says("which is not a known type", "unsupported output", "generator"),
         "an output that is no tensor",
         _output_type,

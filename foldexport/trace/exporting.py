@@ -111,6 +111,8 @@ def export(
                 if _is_about_values(error):
                     break
                 continue
+            if _uses_gpu(program):
+                plain()  # tensors without values go to a GPU that is not there; the network's own do not
             if dynamic and shapes is None and used[0].ndim:
                 notes[f"the batch is fixed at {used[0].shape[0]}{fixed}"] = None
             return Exported(program, used, shapes is not None, list(notes), watch.changed)
@@ -155,12 +157,24 @@ def _exported(
 ) -> ExportedProgram:
     """One trace. notes, watch: filled with what was fixed, left out and seen."""
     args, kwargs = call
-    with quiet():
+    with quiet(), _without_hooks_of_its_own():
         if way == "strict":
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=True)
         mode = known(module, names_of(module), notes) if way == "constants" else Plain
         with under(module, mode, watch), torch.compiler.set_stance("force_eager"):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _without_hooks_of_its_own() -> Iterator[None]:
+    """Removes the hook on every module's buffers that a failed ``torch.export`` leaves behind in PyTorch before 2.13."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in set(hooks) - before:
+            del hooks[key]
 
 
 def _refuse_unknown_sizes(program: ExportedProgram) -> None:
@@ -172,6 +186,13 @@ def _refuse_unknown_sizes(program: ExportedProgram) -> None:
             if isinstance(value, Tensor) and any(isinstance(s, torch.SymInt) and not s.node.has_hint() for s in value.shape):
                 stack = node.meta.get("stack_trace") or ""
                 raise UnknownSize(node.target.__name__.partition(".")[0], last_user_frame(stack), stack)
+
+
+def _uses_gpu(program: ExportedProgram) -> bool:
+    """Whether an operator of the graph makes a tensor on another device than the CPU, as ``x.cuda()`` does."""
+    devices = {leaf for node in program.graph.nodes for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
+               if isinstance(leaf, torch.device)}  # fmt: skip
+    return any(device.type not in ("cpu", "meta") for device in devices)
 
 
 def _is_about_values(error: Exception) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from foldexport.benchmark.library import Wish, available, settings_of
 from foldexport.benchmark.runtimes import RUNTIMES, get, missing, version
 from foldexport.commands.bench import _is_checkpoint
 from foldexport.errors import CheckpointError
+from foldexport.exporters.aotinductor import compiler
 from foldexport.exporters.web import node
 from tests.exporters import networks
 from tests.exporters.installed import need
@@ -76,8 +76,8 @@ def test_a_package_that_no_manifest_names_is_not_timed(tmp_path):
 
 
 def test_a_package_is_timed_beside_its_manifest(tmp_path):
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
+    if compiler.lacks():
+        pytest.skip(f"aotinductor {compiler.lacks()}")
     module, path = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval(), tmp_path / "net.aoti.pt2"
     exporters.exporter(exporters.get("aoti")).export(module, (torch.zeros(1, 3, 8, 8),), path)
     entry = {"file": path.name, "files": [{"name": path.name, "sha256": sha256(path)}], "notes": {}}

@@ -18,7 +18,7 @@ from foldexport import exporters
 from foldexport.artifact import sha256
 from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, PrecisionError
 from foldexport.exporters import get
-from foldexport.exporters.aotinductor import package
+from foldexport.exporters.aotinductor import compiler, package
 from foldexport.exporters.aotinductor.exporter import AOTInductorExporter
 from foldexport.exporters.options import ExportOptions
 from tests.command import foldexport, save_plain
@@ -29,10 +29,13 @@ from tests.exporters.networks import IMAGE
 EXPORTER = AOTInductorExporter()
 
 
+OF_TODAY = pytest.mark.skipif("needs PyTorch" in compiler.lacks(), reason=f"aotinductor {compiler.lacks()}")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler here")
+    if compiler.lacks():
+        pytest.skip(f"aotinductor {compiler.lacks()}")
     module, path = formats.folded(), tmp_path_factory.mktemp("aoti") / "a telling name.aoti.pt2"
     return module, path, EXPORTER.export(module, EXAMPLE, path)
 
@@ -118,6 +121,13 @@ def test_files_of_other_formats(tmp_path):
         EXPORTER.weights(tmp_path / "net.aoti.pt2")
 
 
+def test_an_older_pytorch_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.11.0+cu130")
+    with pytest.raises(MissingDependencyError, match=r"aotinductor needs PyTorch 2\.13 or newer, this is 2\.11\.0\+cu130"):
+        exporters.require_writable(get("aoti"))
+
+
+@OF_TODAY
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(MissingDependencyError, match="aotinductor needs a C\\+\\+ compiler .*apt install g\\+\\+") as caught:
@@ -141,6 +151,7 @@ def test_constants_with_strides_and_offsets_are_read_in_their_order():
     assert package._array(row, blob).tolist() == [[2, 5], [3, 6], [4, 7]]
 
 
+@OF_TODAY
 def test_a_compiler_that_fails_is_told(tmp_path):
     """What is called g++ here compiles nothing; in a process of its own, since Inductor remembers what a compiler could do."""
     (tmp_path / "g++").write_text("#!/bin/sh\n[ \"$1\" = --version ] && exec echo g++ 12\necho 'x.cpp:1: error: no' >&2\nexit 1\n")

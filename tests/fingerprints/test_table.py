@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import itertools
 import json
 import sys
@@ -24,6 +23,7 @@ import fingerprint_functions
 import fingerprint_networks
 import fingerprints as tool
 
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 KIB = 1024
 SHAPES = {"a.weight": (4, 3, 1, 1), "a.num_batches_tracked": (), "fc.weight": (10, 4), "fc.bias": (10,)}
 HEAD = (Dimension("fc.bias", 0), Dimension("fc.weight", 0))
@@ -36,8 +36,10 @@ def row_of(spec: str):
 def test_it_is_small_and_of_the_tested_versions():
     file = resources.files("foldexport.fingerprints") / "table.json"
     assert len(file.read_bytes()) < 500 * KIB
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and ";" not in line)
     for package, version in table().versions.items():
-        assert importlib.metadata.version(package) == version, f"run tools/fingerprints.py with {package} {version}"
+        assert pinned[package] == version, f"run tools/fingerprints.py with {package} {pinned[package]}"
 
 
 def test_a_fingerprint_does_not_depend_on_counters_order_and_classes():

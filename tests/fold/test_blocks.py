@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from foldexport.fold.rebuild import in_dtype
 from tests.fold.blocks import BLOCKS
 from tests.fold.checks import assert_kept, assert_same, fold64, operators
 from tests.fold.layers import conv, conv_bn
@@ -106,3 +107,14 @@ def test_a_batch_norm_stays_behind_a_convolution_that_a_sigmoid_reads():
     assert operators(folded.counts_after) == {"conv": 1, "batch_norm": 1, "relu": 1, "sigmoid": 1}
     assert_same(folded, module, (8, 8, 8))
     assert_kept(folded, "unit.bn")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_norm_that_stays_divides_by_one_exactly_and_trains(dtype):
+    folded = fold64(randomise(ReadElsewhere(), 0).double(), (8, 8, 8))
+    module = in_dtype(folded.module, dtype)
+    (norm,) = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norm.eps > 0 and torch.equal(norm.running_var + norm.eps, torch.ones(8, dtype=dtype))
+    before = norm.running_mean.clone()
+    sum(value.sum() for value in module.train()(torch.randn(4, 8, 8, 8, dtype=dtype))).backward()
+    assert norm.weight.grad is not None and not torch.equal(norm.running_mean, before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from foldexport import interpret
@@ -223,6 +224,18 @@ def test_train_mode_is_refused_by_name():
     with pytest.raises(ModelError, match=r"1 of \d+ modules are in train mode: 'drop' \(Dropout\)\."):
         trace(module, IMAGE)
     assert module.drop.training
+
+
+def test_a_network_on_a_gpu_is_refused_by_name():
+    """Its tensors are fake ones, which say "cuda" without one."""
+    there, here = nn.Conv2d(3, 4, 3).eval(), nn.Conv2d(3, 4, 3).eval()
+    with FakeTensorMode():
+        there.weight = nn.Parameter(torch.empty(4, 3, 3, 3, device="cuda"))
+        image = torch.empty(1, 3, 8, 8, device="cuda")
+    with pytest.raises(UsageError, match=r"'weight' is on cuda:0: .* Call \.cpu\(\) on the network and its inputs"):
+        trace(there, IMAGE)
+    with pytest.raises(UsageError, match="'input 0' is on cuda:0"):
+        trace(here, image)
 
 
 def test_at_most_five_names_are_given():

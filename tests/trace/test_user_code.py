@@ -261,7 +261,6 @@ def test_networks_that_do_not_run(make, words):
     assert_explained(str(caught.value), make, words)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_network_that_wants_a_gpu():
     with pytest.raises(UsageError) as caught:
         trace(refused.NeedsGpu().eval(), IMAGE)

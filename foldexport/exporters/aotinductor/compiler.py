@@ -1,4 +1,4 @@
-"""The C++ compiler that TorchInductor calls; imports nothing heavy."""
+"""What TorchInductor needs to compile ahead of time: a C++ compiler, and settings of PyTorch's; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from foldexport.errors import MissingDependencyError
 
 COMPILERS = ("g++", "clang++", "c++", "cl")
+NEEDS_TORCH = (2, 13)  # the first version with `cpp.march`: earlier ones compile for the exporting processor only
 WANTED = "needs a C++ compiler (g++ or clang++, or CXX): install one, on Debian with: apt install g++"
 
 
@@ -18,10 +19,19 @@ def compiler() -> str:
     return next((found for name in (*asked[:1], *COMPILERS) if (found := shutil.which(name))), "")
 
 
+def lacks() -> str:
+    """What is missing for compiling, in words; empty where nothing is."""
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < NEEDS_TORCH:
+        wanted = ".".join(map(str, NEEDS_TORCH))
+        return f"needs PyTorch {wanted} or newer, this is {version}: older ones compile for the exporting processor only"
+    return "" if compiler() else WANTED
+
+
 def require() -> None:
-    """Raise :class:`MissingDependencyError` without a compiler. Running a package needs none."""
-    if not compiler():
-        raise MissingDependencyError(f"aotinductor {WANTED}.")
+    """Raise :class:`MissingDependencyError` where nothing can be compiled. Running a package needs no compiler."""
+    if reason := lacks():
+        raise MissingDependencyError(f"aotinductor {reason}.")
 
 
 def status() -> tuple[str, str, str]:
@@ -30,4 +40,5 @@ def status() -> tuple[str, str, str]:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return "", "", ""
-    return ("torch", version, "") if compiler() else ("", "", f"aotinductor {WANTED}.")
+    reason = lacks()
+    return ("", "", f"aotinductor {reason}.") if reason else ("torch", version, "")
