@@ -14,7 +14,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.fold.rebuild import in_dtype
 from foldexport.precision.equalise import equalised
+from foldexport.precision.quality import Quality
 from foldexport.precision.readback import Delivered, delivered
 
 CALIBRATION_SAMPLES = 256
@@ -47,37 +48,6 @@ class Samples:
     calibration: list[np.ndarray]
     judged: list[np.ndarray]
     labels: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What quantisation cost, on ``samples`` judged ones. Accuracies are shares, None without labels."""
-
-    sqnr_db: float
-    agreement: float | None
-    accuracy_before: float | None
-    accuracy_after: float | None
-    samples: int
-    calibration_samples: int
-    equalised_groups: int
-    proved_values: int
-
-    @property
-    def drop_points(self) -> float | None:
-        if self.accuracy_before is None or self.accuracy_after is None:
-            return None
-        return 100.0 * (self.accuracy_before - self.accuracy_after)
-
-    def __str__(self) -> str:
-        parts = [f"SQNR {self.sqnr_db:.1f} dB"]
-        if self.drop_points is not None:
-            parts.append(f"accuracy {self.accuracy_before:.2%} → {self.accuracy_after:.2%} (drop {self.drop_points:.2f} points)")
-        if self.agreement is not None:
-            parts.append(f"top-1 agreement {self.agreement:.2%} of {self.samples}")
-        return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "drop_points": self.drop_points}
 
 
 def split(arrays: Sequence[np.ndarray], labels: np.ndarray | None) -> Samples:

@@ -8,6 +8,7 @@ import pytest
 
 from foldexport import pipeline
 from foldexport.errors import EquivalenceError
+from foldexport.report.html import evidence
 from tests.benchmark.records import timing
 from tests.command import files, foldexport, save_dirac, save_plain
 from tests.report import pages
@@ -44,6 +45,26 @@ def test_inspect_says_where_the_page_is(tmp_path, checkpoint):
     done = foldexport("inspect", checkpoint, "--report", tmp_path / "net.html")
     assert done.code == 0 and str(tmp_path / "net.html") in done.out
     assert files(tmp_path) == ["net.html", "small.pth"]
+
+
+def test_what_a_type_of_fewer_digits_cost(tmp_path, checkpoint):
+    done = foldexport(checkpoint, "--to", "ts", "--precision", "fp16", "-o", tmp_path / "out", "--report", tmp_path / "half.html")
+    assert done.code == 0, done.err
+    text = pages.read((tmp_path / "half.html").read_text(encoding="utf-8")).text
+    assert "In fp16" in text and "layers in float16" in text and "fp16 noise of the unfolded network" in text
+
+
+def test_what_int8_cost():
+    quality = {"sqnr_db": 31.5, "agreement": 0.99, "accuracy_before": 0.84, "accuracy_after": 0.835, "samples": 200,
+               "calibration_samples": 256, "equalised_groups": 67, "proved_values": 53, "drop_points": 0.5}  # fmt: skip
+    other = {**quality, "equalised_groups": 0}
+    found = evidence.precision({"precision": {"precision": "int8", "quality": quality, "other_quality": other, "notes": ["few"]}})
+    assert found["said"][0] == (
+        "SQNR 31.5 dB, accuracy 84.00% → 83.50% (drop 0.50 points), top-1 agreement 99.00% of 200, calibrated on 256 samples"
+    )
+    assert found["said"][1] == "67 channels equalised, 53 values proved equal" and found["notes"] == ["few"]
+    assert found["said"][2].startswith("without equalised ranges: SQNR")
+    assert evidence.precision({"precision": {"precision": "fp32", "half_io": False}}) is None
 
 
 def test_without_a_fold_it_shows_the_training_graph(tmp_path):

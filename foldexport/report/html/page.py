@@ -32,9 +32,9 @@ def page(document: Mapping[str, Any]) -> str:
     return _render(
         "study.html", head=sections.heading(record), costs=sections.costs(record),
         picture=picture(document["graph"], record["ledger"]), folded=sections.folded(record), kept=sections.kept(record),
-        proof=evidence.proof(record), rounding=evidence.rounding(record), artifacts=evidence.artifacts(record),
-        weights=evidence.weights(document), signal=evidence.signal(document), ledger=sections.ledger(record),
-        again=sections.reproduce(document),
+        proof=evidence.proof(record), rounding=evidence.rounding(record), precision=evidence.precision(record),
+        artifacts=evidence.artifacts(record), weights=evidence.weights(document), signal=evidence.signal(document),
+        ledger=sections.ledger(record), again=sections.reproduce(document),
     )  # fmt: skip
 
 
