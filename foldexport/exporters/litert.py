@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters import asked, litert_file, sizes
+from foldexport.exporters import asked, litert_file, litert_inner, sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted
@@ -99,19 +100,24 @@ class LiteRTExporter:
         return run
 
     def interpreter(
-        self, path: str | Path, shapes: Sequence[Sequence[int]] = (), threads: int = 0, optimise: bool = True
+        self, path: str | Path, shapes: Sequence[Sequence[int]] = (), threads: int = 0, optimise: bool = True, keep: bool = False
     ) -> tuple[Any, list[int], list[int]]:
         """LiteRT's interpreter of the file, at these input shapes, and where its inputs and outputs are, in order.
 
+        keep: every tensor, which XNNPACK does not; it is left out then.
         Raises EquivalenceError for a file that it refuses, and ValueError for shapes.
         """
         with silenced() as said:
             from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
             kinds = OpResolverType.AUTO if optimise else OpResolverType.BUILTIN_REF
+            kinds = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if keep else kinds
             count = threads or shared.share() or 1
             try:
-                found = Interpreter(model_path=str(path), num_threads=count, experimental_op_resolver_type=kinds)
+                found = Interpreter(
+                    model_path=str(path), num_threads=count, experimental_op_resolver_type=kinds,
+                    experimental_preserve_all_tensors=keep,
+                )  # fmt: skip
                 inputs, outputs = _places(found)
                 found.allocate_tensors()
             except Exception as error:  # of LiteRT's C++, ValueError or RuntimeError
@@ -127,6 +133,16 @@ class LiteRTExporter:
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every constant of the file, in PyTorch's order of elements."""
         return litert_file.weights(path)
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the file, and their values in the file's own batch: not every kernel without XNNPACK resizes."""
+        interpreter, inputs, _ = self.interpreter(path, keep=True)
+        batch = int(interpreter.get_input_details()[0]["shape"][0])
+
+        def tensors(places: Sequence[int], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+            return fitted(lambda *given: _run(interpreter, inputs, places, given), batch, batch)(*arrays)
+
+        return litert_inner.inner(litert_file.read(path), self.weights(path), tensors)
 
     def float32_bytes(self, path: str | Path) -> int:
         """Of vectors, which LiteRT's operators take in float32 only."""

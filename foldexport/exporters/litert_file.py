@@ -96,6 +96,14 @@ def _kind(code: Any) -> int:
     return max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
 
 
+def kind_names(model: Any) -> list[str]:
+    """The kinds of operators, "CONV_2D", by the number that operators have for them."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    return [names.get(code, str(code)) for code in _kinds(model)]
+
+
 def _kinds(model: Any) -> list[int]:
     return [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, ncnn_file, sizes
+from foldexport.exporters import asked, ncnn_file, ncnn_inner, sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.ncnn_file import Blob, Layer, Unreadable
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
@@ -78,10 +79,36 @@ class NcnnExporter:
         times as much as float32 does. threads: 0 for ncnn's default. A file in float32 is computed in float32; ncnn's default
         would round activations to halves where the processor can. Raises :class:`EquivalenceError` when ncnn refuses the files.
         """
+        net, (inputs, outputs) = self._net(Path(path), winograd, threads), _ends(ncnn_file_layers(Path(path)))
+        return lambda *arrays: _samples(net, inputs, outputs, arrays)
+
+    def weights(self, path: str | Path) -> dict[str, np.ndarray]:
+        """Every weight of the ``.bin``, by layer and role, in PyTorch's order of elements."""
+        found = _read(Path(path), _binary(path))
+        return {f"{each.layer.name}.{place}.{each.role}": _in_order(each) for place, each in enumerate(found)}
+
+    def inner(self, path: str | Path) -> Inner:
+        """The layers inside the files, and their values."""
+        path = Path(path)
+        net, found = self._net(path), ncnn_file_layers(path)
+        inputs, outputs = _ends(found)
+        return ncnn_inner.inner(
+            found, self.weights(path), inputs, outputs, lambda names, arrays: _samples(net, inputs, names, arrays)
+        )
+
+    def float32_bytes(self, path: str | Path) -> int:
+        """Of weights that ncnn stores as float32 always: all but the kernels of convolutions and linear layers."""
+        return sum(each.values.nbytes for each in _read(Path(path), _binary(path)) if not each.tagged)
+
+    def runtime(self) -> str:
+        """The runtime and its version, "ncnn 1.0.20261020"."""
+        return f"ncnn {importlib.metadata.version('ncnn')}"
+
+    def _net(self, path: Path, winograd: bool = False, threads: int = 0) -> Any:
+        """Raises :class:`EquivalenceError` when ncnn refuses the files."""
         import ncnn
 
-        path = Path(path)
-        found, half = ncnn_file_layers(path), any(each.values.dtype == np.float16 for each in _read(path, _binary(path)))
+        half = any(each.values.dtype == np.float16 for each in _read(path, _binary(path)))
         net = ncnn.Net()
         net.opt.use_vulkan_compute = False
         net.opt.use_bf16_storage = False
@@ -93,27 +120,7 @@ class NcnnExporter:
             failed = net.load_param(str(path)) or net.load_model(str(_binary(path)))
         if failed:
             raise EquivalenceError(f"ncnn: {self.runtime()} refuses the files: {said.reason()}")
-        inputs, outputs = _ends(found)
-
-        def run(*arrays: np.ndarray) -> list[np.ndarray]:
-            _require_batches(arrays, len(inputs))
-            samples = [_sample(net, inputs, outputs, [array[at] for array in arrays]) for at in range(len(arrays[0]))]
-            return [np.stack(values) for values in zip(*samples, strict=True)]
-
-        return run
-
-    def weights(self, path: str | Path) -> dict[str, np.ndarray]:
-        """Every weight of the ``.bin``, by layer and role, in PyTorch's order of elements."""
-        found = _read(Path(path), _binary(path))
-        return {f"{each.layer.name}.{place}.{each.role}": _in_order(each) for place, each in enumerate(found)}
-
-    def float32_bytes(self, path: str | Path) -> int:
-        """Of weights that ncnn stores as float32 always: all but the kernels of convolutions and linear layers."""
-        return sum(each.values.nbytes for each in _read(Path(path), _binary(path)) if not each.tagged)
-
-    def runtime(self) -> str:
-        """The runtime and its version, "ncnn 1.0.20261020"."""
-        return f"ncnn {importlib.metadata.version('ncnn')}"
+        return net
 
 
 def _binary(path: str | Path) -> Path:
@@ -197,8 +204,15 @@ def _require_batches(arrays: Sequence[np.ndarray], count: int) -> None:
         raise ValueError(f"it takes {count} inputs of one batch, not shapes {', '.join(str(list(a.shape)) for a in arrays)}")
 
 
+def _samples(net: Any, inputs: Sequence[str], names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Blobs of these names, for all samples of the batch."""
+    _require_batches(arrays, len(inputs))
+    samples = [_sample(net, inputs, names, [array[at] for array in arrays]) for at in range(len(arrays[0]))]
+    return [np.stack(values) for values in zip(*samples, strict=True)]
+
+
 def _sample(net: Any, inputs: Sequence[str], outputs: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Outputs for one sample. ``ncnn.Mat`` borrows an array's memory, so each is held until it has been copied."""
+    """Blobs ``outputs`` for one sample. ``ncnn.Mat`` borrows an array's memory, so each is held until it has been copied."""
     import ncnn
 
     with net.create_extractor() as extractor:
@@ -210,7 +224,7 @@ def _sample(net: Any, inputs: Sequence[str], outputs: Sequence[str], arrays: Seq
         for name in outputs:
             failed, value = extractor.extract(name)
             if failed:
-                raise ValueError(f"ncnn cannot compute output {name!r}")
+                raise ValueError(f"ncnn cannot compute {name!r}")
             found.append(np.array(value, dtype=np.float32))
         return found
 

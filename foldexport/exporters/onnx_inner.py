@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ def inner(path: str | Path, session: Callable[[bytes], Any]) -> Inner:
 
     Raises ValueError where the weights lie in a file of their own: no copy of gigabytes is made.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    return inner_of(onnx.load(str(path), load_external_data=False), session)
+
+
+def inner_of(
+    model: onnx.ModelProto, session: Callable[[bytes], Any], fused: Callable[[onnx.NodeProto], str] = lambda node: ""
+) -> Inner:
+    """The model's operators. fused: the activation that is a part of a node. Raises as `inner`."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise ValueError("the weights lie in a file of their own")
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in weights]
-    rows = (
-        Row(node.op_type, node.input, [name for name in node.output if name], [name for name in node.input if name in weights])
-        for node in model.graph.node
-    )
+    rows = (_row(node, weights, fused) for node in model.graph.node)
     operators, known = operators_of(inputs, rows, passing=PASSING, sizes=SIZES)
     runnable = onnx_types.runnable(model) if onnx_types.has_bfloat16(model) else model
     ends = list(runnable.graph.output)
@@ -43,3 +46,8 @@ def inner(path: str | Path, session: Callable[[bytes], Any]) -> Inner:
         return loaded.run(list(names), dict(zip(inputs, arrays, strict=True)))
 
     return Inner(operators, inputs, [known.get(each.name, each.name) for each in ends], run)
+
+
+def _row(node: onnx.NodeProto, weights: Collection[str], fused: Callable[[onnx.NodeProto], str]) -> Row:
+    held = [name for name in node.input if name in weights]
+    return Row(node.op_type, node.input, [name for name in node.output if name], held, fused(node))

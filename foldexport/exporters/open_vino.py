@@ -18,6 +18,8 @@ import numpy as np
 from torch import nn
 
 from foldexport.errors import EquivalenceError, UsageError
+from foldexport.exporters import openvino_inner
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.openvino_import import openvino as ov
 from foldexport.exporters.options import FLOATS, ExportOptions
@@ -68,12 +70,7 @@ class OpenVinoExporter:
         Without the hint, processors with bfloat16 compute float32 files in it. Half types are computed where the processor can,
         else in float32. threads: 0 for OpenVINO's default. Raises :class:`EquivalenceError` when OpenVINO refuses the file.
         """
-        model = _read(Path(path), EquivalenceError, "refuses the file")
-        settings = {"INFERENCE_PRECISION_HINT": _hint(model)} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
-        try:
-            network = ov.Core().compile_model(model, DEVICE, settings)
-        except RuntimeError as error:
-            raise EquivalenceError(_said("refuses the file", error)) from error
+        network = _compiled(_read(Path(path), EquivalenceError, "refuses the file"), threads)
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
             found = network([np.ascontiguousarray(array) for array in arrays])
@@ -86,6 +83,10 @@ class OpenVinoExporter:
         model = _read(Path(path), EquivalenceError, "refuses the file")
         constants = [each for each in model.get_ops() if each.get_type_name() == "Constant"]
         return {each.get_friendly_name(): _values(each) for each in constants}
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the file, and their values, computed as `load` has it."""
+        return openvino_inner.inner(_read(Path(path), EquivalenceError, "refuses the file"), _compiled)
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and matrix products of the file by the type that the graph computes them in."""
@@ -103,6 +104,14 @@ def _read(path: Path, kind: type[Exception], what: str) -> ov.Model:
         return ov.Core().read_model(str(path))
     except RuntimeError as error:
         raise kind(_said(what, error)) from error
+
+
+def _compiled(model: ov.Model, threads: int = 0) -> ov.CompiledModel:
+    settings = {"INFERENCE_PRECISION_HINT": _hint(model)} | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
+    try:
+        return ov.Core().compile_model(model, DEVICE, settings)
+    except RuntimeError as error:
+        raise EquivalenceError(_said("refuses the file", error)) from error
 
 
 def _said(what: str, error: RuntimeError) -> str:

@@ -18,7 +18,8 @@ import onnxruntime
 from torch import nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import ort_file, sizes
+from foldexport.exporters import ort_file, ort_inner, sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 
@@ -58,10 +59,8 @@ class OrtExporter:
         optimise: what onnxruntime still does at loading; threads: within one operator, 0 for onnxruntime's default.
         Raises :class:`EquivalenceError` when onnxruntime refuses the file.
         """
-        settings = onnxruntime.SessionOptions()
+        settings = _settings(LEVELS.ORT_ENABLE_ALL if optimise else LEVELS.ORT_DISABLE_ALL)
         settings.intra_op_num_threads = threads
-        settings.log_severity_level = 3
-        settings.graph_optimization_level = LEVELS.ORT_ENABLE_ALL if optimise else LEVELS.ORT_DISABLE_ALL
         settings.add_session_config_entry("session.load_model_format", "ORT")
         try:
             session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
@@ -74,6 +73,10 @@ class OrtExporter:
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every initializer of the file, by name, in the file's own bits."""
         return ort_file.read(path).initializers
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the file, and their values, as they stand."""
+        return ort_inner.inner(path, _unoptimised)
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and matrix products of the file by the type of their weight."""
@@ -91,10 +94,19 @@ def _product_weights(file: ort_file.OrtFile) -> Iterator[np.ndarray]:
             yield file.initializers[reads[1]]
 
 
-def _convert(source: Path, target: Path) -> None:
+def _settings(level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.SessionOptions:
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
-    settings.graph_optimization_level = LEVELS.ORT_ENABLE_EXTENDED
+    settings.graph_optimization_level = level
+    return settings
+
+
+def _unoptimised(source: bytes) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(source, _settings(LEVELS.ORT_DISABLE_ALL), providers=["CPUExecutionProvider"])
+
+
+def _convert(source: Path, target: Path) -> None:
+    settings = _settings(LEVELS.ORT_ENABLE_EXTENDED)
     settings.optimized_model_filepath = str(target)
     settings.add_session_config_entry("session.save_model_format", "ORT")
     try:

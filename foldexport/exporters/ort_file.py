@@ -39,17 +39,32 @@ class OrtFile:
 
 def read(path: str | Path) -> OrtFile:
     """Raises :class:`EquivalenceError` for a file of another format."""
-    content = Path(path).read_bytes()
-    sessions = _schema("InferenceSession").InferenceSession
-    if len(content) < 8 or not sessions.InferenceSessionBufferHasIdentifier(content, 0):
-        raise EquivalenceError(f"ort: {Path(path).name} is not in onnxruntime's format.")
-    graph = sessions.GetRootAs(content, 0).Model().Graph()
+    graph = model(Path(path)).Graph()
     nodes = [graph.Nodes(place) for place in range(graph.NodesLength())]
     tensors = [graph.Initializers(place) for place in range(graph.InitializersLength())]
     return OrtFile(
         [(each.OpType().decode(), [each.Inputs(place).decode() for place in range(each.InputsLength())]) for each in nodes],
         {each.Name().decode(): _values(each) for each in tensors if each.DataType() in KINDS},
     )
+
+
+def model(path: Path) -> Any:
+    """The table ``Model`` of the file. Raises :class:`EquivalenceError` for a file of another format."""
+    content = path.read_bytes()
+    sessions = _schema("InferenceSession").InferenceSession
+    if len(content) < 8 or not sessions.InferenceSessionBufferHasIdentifier(content, 0):
+        raise EquivalenceError(f"ort: {path.name} is not in onnxruntime's format.")
+    return sessions.GetRootAs(content, 0).Model()
+
+
+def element_type(value: Any) -> int:
+    """Of a value that is a tensor its ``TensorDataType``; 0 where the file does not say."""
+    kind = value.Type()
+    if kind is None or kind.ValueType() != _schema("TypeInfoValue").TypeInfoValue.tensor_type:
+        return 0
+    tensor, held = _schema("TensorTypeAndShape").TensorTypeAndShape(), kind.Value()
+    tensor.Init(held.Bytes, held.Pos)
+    return tensor.ElemType()
 
 
 def _values(tensor: Any) -> np.ndarray:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from foldexport.errors import EquivalenceError, UsageError
+from foldexport.exporters import graph_inner
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.program import exported, leaves, outputs_of, silent
 from foldexport.exporters.weights import as_array
@@ -78,6 +80,11 @@ class ProgramExporter:
         program = _load(path)
         tensors = {**program.state_dict, **program.constants}
         return {name: as_array(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators of the program, and their values."""
+        with silent():
+            return graph_inner.inner(_load(path).module())
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and matrix products of the program by the type that they compute in."""

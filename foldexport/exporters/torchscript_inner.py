@@ -27,7 +27,7 @@ def inner(loaded: torch.jit.ScriptModule) -> Inner:
     def run(names: Sequence[str], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         copy = graph.copy()
         values = list(_values(copy))
-        wanted = copy.create("prim::ListConstruct", [values[places[name]] for name in names], 1)
+        wanted = copy.create("prim::ListConstruct", [_kept(copy, values[places[name]]) for name in names], 1)
         wanted.output().setType(torch._C.ListType(torch._C.TensorType.get()))
         copy.appendNode(wanted)
         for place in reversed(range(len(list(copy.outputs())))):
@@ -40,6 +40,17 @@ def inner(loaded: torch.jit.ScriptModule) -> Inner:
             return [value.float().numpy(force=True) for value in function(loaded._c, *tensors)]
 
     return Inner(operators, given, [known.get(name, name) for name in ends], run)
+
+
+def _kept(graph: torch.Graph, value: torch.Value) -> torch.Value:
+    """A copy of a value where it is made, since a later operator may work in place."""
+    if not value.type().isSubtypeOf(torch._C.TensorType.get()):
+        return value
+    clone, none = graph.create("aten::clone", 1), graph.create("prim::Constant", 1)
+    none.output().setType(torch._C.NoneType.get())
+    clone.addInput(value), clone.addInput(none.output())
+    clone.insertAfter(value.node()), none.insertBefore(clone)
+    return clone.output()
 
 
 def _values(graph: torch.Graph) -> Iterator[torch.Value]:

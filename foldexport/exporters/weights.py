@@ -48,15 +48,20 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     some formats have no half biases.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in found.items() if value.dtype.kind not in "OSU"}
-    digests = {name: _digest(value) for name, value in arrays.items()}
-    everything = set(digests.values())
+    held = {name: digest(value) for name, value in arrays.items()}
+    everything = set(held.values())
     missing = []
     for name, value in expected.items():
-        allowed = {digests[name]} if name in digests else everything
-        forms = [value, value.float()] if value.dtype in (torch.float16, torch.bfloat16) else [value]
-        if not any(_digest(order) in allowed for form in forms for order in _orders(as_array(form))):
+        allowed = {held[name]} if name in held else everything
+        if not any(each in allowed for each in digests(value)):
             missing.append(name)
     return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
+
+
+def digests(value: Tensor) -> Iterator[bytes]:
+    """Of the forms in which a file may hold the tensor bit for bit, its own first."""
+    forms = [value, value.float()] if value.dtype in (torch.float16, torch.bfloat16) else [value]
+    return (digest(order) for form in forms for order in _orders(as_array(form)))
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
@@ -76,8 +81,8 @@ def _orders(value: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(np.swapaxes(value, 0, 1))
 
 
-def _digest(array: np.ndarray) -> bytes:
+def digest(array: np.ndarray) -> bytes:
     """Of the bits and their type; not of the shape, since writers add and drop axes of length one."""
-    digest = hashlib.blake2b(str(array.dtype).encode(), digest_size=16)
-    digest.update(array.reshape(-1).view(np.uint8))
-    return digest.digest()
+    found = hashlib.blake2b(str(array.dtype).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.digest()

@@ -12,7 +12,6 @@ few values at a time: O(log n) runs for n values, and never more than ``AT_ONCE`
 
 from __future__ import annotations
 
-import copy
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -23,40 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from foldexport.exporters.graph_inner import module_operators
 from foldexport.exporters.inner import Inner, Operator
-from foldexport.interpret import cast
-from foldexport.precision.half import with_type
-from foldexport.precision.types import HALF, NumberType, to_digits
-from foldexport.precision.walk import walk
+from foldexport.precision.types import HALF, NumberType
 from foldexport.verify import FAIL_ABOVE, NOISE_FLOOR, output_error
-from foldexport.verify.alignment import align, module_operators, traced
+from foldexport.verify.alignment import align, traced
+from foldexport.verify.judgement import Judged, Values, forms, judgement
+from foldexport.verify.naming import named
 
 AT_ONCE = 8  # inner values in one run of the artifact
-NOISES = 64.0  # times the module's own noise at a value
-FLOOR = 1e-6  # of the value's peak
 REFINEMENTS = 8  # searches in a branch that turned out to be where the error comes from
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One inner value: its error, what is allowed and what is above suspicion (all of its peak), its peak."""
-
-    error: float = 0.0
-    allowed: float = 0.0
-    peak: float = 0.0
-    clean: float = 0.0
-    incomparable: bool = False
-
-    @property
-    def wrong(self) -> bool:
-        return not self.incomparable and not self.error <= self.allowed
-
-    @property
-    def suspect(self) -> bool:
-        """Of a value that one which diverges is computed from."""
-        return not self.incomparable and not self.error <= self.clean
 
 
 @dataclass(frozen=True)
@@ -64,7 +40,8 @@ class Place:
     """Where an artifact differs first.
 
     layer: the user's name of it. operator: its kind, empty where the layer's name says it. weights: of the layer.
-    reduced: the layer works in the half type. runs: of the artifact.
+    reduced: the layer works in the half type. runs: of the artifact. last: of several layers whose values before the last are
+    nowhere in the artifact, that one.
     """
 
     layer: str
@@ -73,6 +50,7 @@ class Place:
     weights: tuple[str, ...] = ()
     reduced: bool = False
     runs: int = 0
+    last: str = ""
 
 
 def clause(
@@ -134,13 +112,15 @@ def locate(
     """
     graph = traced(module)
     mine = module_operators(graph)
+    tensors = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    artifact = named(artifact, mine, dict(tensors))
     found = align(mine, artifact)
     nodes = {node.name: node for node in graph.graph.nodes}
     made = {operator.output: operator for operator in mine.operators}
     order = [operator.output for operator in mine.operators if operator.output in found]
     if not order:
         raise ValueError("no value inside the file is known by name")
-    search = _Search(artifact, _Values(graph, kind), found, tuple(inputs), dtype)
+    search = _Search(artifact, Values(graph, kind), found, tuple(inputs), dtype)
     ends = [name for name in dict.fromkeys(mine.outputs) if name in found and name in made]
     wrong = next((name for name in ends if search.judge([name])[name].wrong), None)
     if wrong is None:  # an error may die out on its way to the outputs
@@ -160,10 +140,13 @@ def locate(
         if bad is None:
             break
         wrong = bad
-    node, operator = nodes[wrong], made[wrong]
+    several = _unseen(wrong, made, found)
+    node, operator = nodes[several[0].output], several[0]
     reduced = kind is not None and node.meta.get("works_in", kind.dtype) == kind.dtype
     kindly = "" if node.op == "call_module" else operator.kind
-    return Place(layer_of(node, operator), kindly, search.judged[wrong], operator.weights, reduced, search.runs)
+    layer, last = layer_of(node, operator), layer_of(nodes[wrong], made[wrong])
+    weights = tuple(name for each in several for name in each.weights)
+    return Place(layer, kindly, search.judged[wrong], weights, reduced, search.runs, last if last != layer else "")
 
 
 def layer_of(node: fx.Node, operator: Operator) -> str:
@@ -181,11 +164,15 @@ def described(place: Place, kind: NumberType | None, missing: Sequence[str] = ()
     judged = place.judged
     size = f"max error {judged.error:.1e} of its peak" if math.isfinite(judged.error) else "not finite"
     size = size if judged.peak else "another shape"
-    text = f"first differs in `{place.layer}`{operator} ({size})"
     weights = [name for name in place.weights if name in missing]
     if weights:
         names = " and ".join(f"`{name}`" for name in weights)
-        return f"{text}: its weight{'s' if len(weights) > 1 else ''} {names} differ{'' if len(weights) > 1 else 's'}"
+        layer = weights[0].rpartition(".")[0] if place.last else place.layer
+        verb = "differ" if len(weights) > 1 else "differs"
+        operator = "" if place.last else operator  # which is the first one's
+        return f"first differs in `{layer}`{operator} ({size}): its weight{'s' if len(weights) > 1 else ''} {names} {verb}"
+    end = f" to `{place.last}`" if place.last else ""
+    text = f"first differs in `{place.layer}`{operator}{end} ({size})"
     if kind is not None and place.reduced and not missing:  # whose names the message has already
         beyond = f", its largest value {judged.peak:.1e} is beyond {kind.name}'s {kind.largest:g}"
         beyond = beyond if judged.peak > kind.largest else ""
@@ -196,7 +183,7 @@ def described(place: Place, kind: NumberType | None, missing: Sequence[str] = ()
 class _Search:
     """Judges values of the artifact, a few in one run, each once."""
 
-    def __init__(self, artifact: Inner, values: _Values, names: dict[str, str], inputs: tuple, dtype: torch.dtype) -> None:
+    def __init__(self, artifact: Inner, values: Values, names: dict[str, str], inputs: tuple, dtype: torch.dtype) -> None:
         self.artifact, self.values, self.names, self.inputs = artifact, values, names, inputs
         self.judged: dict[str, Judged] = {}
         self.runs = 0
@@ -211,23 +198,9 @@ class _Search:
             results = self.artifact.run([self.names[point] for point in new], self.arrays)
             exact, low = self.values.exact(self.inputs, new), self.values.low(self.inputs, new)
             for point, result in zip(new, results, strict=True):
-                self.judged[point] = _judged(np.asarray(result), exact.get(point), low.get(point))
+                seen = forms(np.asarray(result), self.artifact.channels_last)
+                self.judged[point] = judgement(seen, exact.get(point), low.get(point))
         return {point: self.judged[point] for point in points}
-
-
-def _judged(result: np.ndarray, exact: Any, low: Any) -> Judged:
-    if not isinstance(exact, Tensor) or not exact.is_floating_point() or not exact.numel() or not bool(exact.isfinite().all()):
-        return Judged(incomparable=True)
-    if tuple(result.shape) != tuple(exact.shape):
-        return Judged(incomparable=result.size == exact.numel(), error=math.inf)
-    wanted = exact.numpy(force=True)
-    peak = float(np.abs(wanted).max()) or 1.0
-    noise = (low.double() - exact) / peak
-    rms = float(noise.square().mean().sqrt()) if bool(noise.isfinite().all()) else 0.0
-    error = np.abs(result.astype(np.float64) - wanted).max() / peak
-    clean = min(NOISES, FAIL_ABOVE * max(1.0, math.sqrt(2.0 * math.log(exact.numel())))) * rms
-    clean = max(clean, FLOOR)
-    return Judged(float(error) if np.isfinite(error) else math.inf, max(NOISES * rms, FLOOR), peak, clean)
 
 
 def _first(order: Sequence[str], wrong: str, judge: Callable[[Sequence[str]], dict[str, Judged]]) -> str:
@@ -259,6 +232,17 @@ def _ancestors(module: Inner, found: dict[str, str]) -> dict[str, list[str]]:
     return near
 
 
+def _unseen(name: str, made: dict[str, Operator], found: dict[str, str]) -> list[Operator]:
+    """The operators between a value and the nearest behind it that the artifact has too, in order; its own is the last."""
+    between, waiting = {name}, list(made[name].inputs)
+    while waiting:
+        each = waiting.pop()
+        if each in made and each not in found and each not in between:
+            between.add(each)
+            waiting += made[each].inputs
+    return [operator for operator in made.values() if operator.output in between]
+
+
 def _closure(name: str, before: dict[str, list[str]]) -> set[str]:
     reached, waiting = set(), [name]
     while waiting:
@@ -267,45 +251,3 @@ def _closure(name: str, before: dict[str, list[str]]) -> set[str]:
             reached.add(each)
             waiting += before.get(each, [])
     return reached
-
-
-class _Values:
-    """The module's own values: in float64 with its weights as they are, and in the artifact's number type."""
-
-    def __init__(self, module: fx.GraphModule, kind: NumberType | None) -> None:
-        self._kind = kind
-        self._double = _in(module, torch.float64)
-        self._single = _in(module, torch.float32) if kind is None else None
-
-    def exact(self, inputs: tuple, keep: Sequence[str]) -> dict[str, Any]:
-        return _kept(self._double, inputs, torch.float64, keep)
-
-    def low(self, inputs: tuple, keep: Sequence[str]) -> dict[str, Any]:
-        if self._single is not None:
-            return _kept(self._single, inputs, torch.float32, keep)
-        return _kept(self._double, inputs, torch.float64, keep, self._rounded)
-
-    def _rounded(self, node: fx.Node, value: Any) -> Any:
-        """Rounded to the type's digits, in float64's range: the noise of a layer that overflows is not infinite."""
-        if node.meta.get("works_in", self._kind.dtype) != self._kind.dtype:
-            return value
-        return pytree.tree_map(self._cut, value)
-
-    def _cut(self, value: Any) -> Any:
-        real = isinstance(value, Tensor) and value.is_floating_point()
-        return to_digits(value.float(), self._kind).double() if real else value
-
-
-def _kept(module: fx.GraphModule, inputs: tuple, dtype: torch.dtype, keep: Sequence[str], change: Any = None) -> dict[str, Any]:
-    with torch.no_grad():
-        return {node.name: value for node, value in walk(module, inputs, dtype, change) if node.name in keep}
-
-
-def _in(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    """A copy with every real tensor, and every cast to a real type, in ``dtype``."""
-    result = copy.deepcopy(module)
-    result._apply(lambda tensor: cast(tensor, dtype))
-    for node in result.graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            node.args, node.kwargs = with_type(node, dtype)
-    return result.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
@@ -166,8 +167,17 @@ def test_a_wrong_line_is_caught_before_anything_is_in_place(line, wrong, monkeyp
         return text.replace(line, wrong, 1), tensors
 
     monkeypatch.setattr(exporter, "written", planted)
-    with pytest.raises(EquivalenceError, match="is not the folded network's bit for bit|does not load: .*Missing key"):
+    with pytest.raises(EquivalenceError, match="is not the network's bit for bit|does not load: .*Missing key"):
         EXPORTER.export(module, EXAMPLE, tmp_path / "net.py")
+
+
+def test_weights_laid_out_otherwise_are_the_same_network(tmp_path):
+    """Strides decide which kernel PyTorch takes, and the file does not keep them."""
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 1, stride=2), nn.ReLU(), nn.Conv2d(32, 8, 3)).eval()
+    with torch.no_grad():
+        module[2].weight = nn.Parameter(torch.randn(32, 1, 1, 16).permute(0, 3, 1, 2))
+    for each in (module, copy.deepcopy(module).to(memory_format=torch.channels_last)):
+        EXPORTER.export(each, (torch.randn(1, 3, 16, 16),), tmp_path / "net.py")
 
 
 def test_everything_at_once_bit_for_bit(tmp_path):

@@ -176,6 +176,7 @@ class Counted:
 
     def __init__(self, inner) -> None:
         self.operators, self.inputs, self.outputs = inner.operators, inner.inputs, inner.outputs
+        self.constants, self.channels_last = inner.constants, inner.channels_last
         self._run, self.asked = inner.run, []
 
     def run(self, names, arrays):

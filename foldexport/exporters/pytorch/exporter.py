@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.exporters import sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
+from foldexport.exporters.pytorch import inner as source_inner
 from foldexport.exporters.pytorch.checked import check
 from foldexport.exporters.pytorch.process import Process
 from foldexport.exporters.pytorch.source import written
@@ -66,15 +68,17 @@ class PyTorchExporter:
         The source is read before it is run. Raises :class:`EquivalenceError` for one that holds more than a network, and for
         one that does not load.
         """
-        try:
-            check(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise EquivalenceError(f"pytorch: the written file cannot be read: {error}") from error
+        require_network(path)
         return Process(path, device)
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every parameter and buffer, by the name that the written modules give it."""
         return {name: as_array(value) for name, value in _loaded(path).items()}
+
+    def inner(self, path: str | Path) -> Inner:
+        """The calls inside the source, and their values."""
+        require_network(path)
+        return source_inner.inner(Path(path), self.weights(path))
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and linear layers by the type of their weight, which is what torch computes them in."""
@@ -91,6 +95,14 @@ def _weights(path: str | Path) -> Path:
     return path.with_name(path.name + WEIGHTS)
 
 
+def require_network(path: str | Path) -> None:
+    """Read the source, which may be anybody's, before it is run. Raises :class:`EquivalenceError` for more than a network."""
+    try:
+        check(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EquivalenceError(f"pytorch: the written file cannot be read: {error}") from error
+
+
 def _loaded(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(_weights(path))
@@ -103,10 +115,11 @@ def _require_identical(
 ) -> int:
     """Compare every bit of the outputs on the example and on normal inputs of one and three samples; returns their number."""
     run, count = exporter.load(path), 0
+    state = {name: _laid_out(value) for name, value in (*module.named_parameters(), *module.named_buffers())}
     for inputs in (example, *_normal(example, options)):
-        inputs = tuple(value.contiguous().clone() for value in inputs)  # laid out as the other process gets them
+        inputs = tuple(map(_laid_out, inputs))
         with torch.no_grad():
-            leaves = pytree.tree_leaves(module(*inputs))
+            leaves = pytree.tree_leaves(torch.func.functional_call(module, state, inputs))
         wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         count = len(wanted)
         try:
@@ -119,9 +132,17 @@ def _require_identical(
             expected = other.numpy(force=True)
             if one.shape != expected.shape or one.dtype != expected.dtype or one.tobytes() != expected.tobytes():
                 raise EquivalenceError(
-                    f"pytorch: output {place} of the written file is not the folded network's bit for bit; no file was written."
+                    f"pytorch: output {place} of the written file is not the network's bit for bit; no file was written."
                 )
     return count
+
+
+def _laid_out(value: Tensor) -> Tensor:
+    """A copy in memory as the other process gets it: by other strides PyTorch may choose a kernel that rounds otherwise.
+
+    ``contiguous()`` leaves those of a 1x1 convolution's weight, which mean nothing, as a network in channels_last had them.
+    """
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _normal(example: tuple, options: ExportOptions) -> list[tuple[Tensor, ...]]:

@@ -7,7 +7,8 @@ is the WebAssembly backend, which is the one that Node has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from torch import nn
 
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import sizes
+from foldexport.exporters import onnx_inner, sizes
+from foldexport.exporters.inner import Inner
 from foldexport.exporters.onnx import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.web import node
@@ -50,16 +52,15 @@ class WebExporter:
 
         Raises :class:`MissingDependencyError` without Node or the package, :class:`EquivalenceError` when it refuses the file.
         """
-        web = node.require()
-        try:
-            return WebSession(web, path, threads)
-        except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-            raise EquivalenceError(f"{self.name}: onnxruntime-web {web.version} refuses the file: {said}") from error
+        return _session(path, threads)
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every initializer of the file, by name, in the file's own bits."""
         return OnnxExporter().weights(path)
+
+    def inner(self, path: str | Path) -> Inner:
+        """The operators inside the file, and their values, as onnxruntime-web computes them."""
+        return onnx_inner.inner(path, _Copy)
 
     def precision_of(self, path: str | Path) -> dict[str, int]:
         """Convolutions and matrix products of the file by the type that they compute in."""
@@ -68,3 +69,27 @@ class WebExporter:
     def runtime(self) -> str:
         """The runtime and its version, "onnxruntime-web 1.30.0"."""
         return f"{node.PACKAGE} {node.require().version}"
+
+
+class _Copy:
+    """A session of a model in memory, which lies in a file for as long as it is being loaded."""
+
+    def __init__(self, source: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "copy.onnx"
+            path.write_bytes(source)
+            self._session = _session(path)
+
+    def run(self, names: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of these names."""
+        found = dict(zip(self._session.outputs, self._session(*(inputs[name] for name in self._session.inputs)), strict=True))
+        return [found[name] for name in names]
+
+
+def _session(path: str | Path, threads: int = 1) -> WebSession:
+    web = node.require()
+    try:
+        return WebSession(web, path, threads)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:300]
+        raise EquivalenceError(f"{WebExporter.name}: onnxruntime-web {web.version} refuses the file: {said}") from error
