@@ -132,9 +132,10 @@ def distinct(paths: Sequence[Path]) -> list[str]:
 
 
 def beside(path: Path) -> list[Path]:
-    """The file and the data that lies beside it: ``net.onnx.data``, ``net.bin`` of ``net.xml``."""
+    """The file and the data that lies beside it: ``net.onnx.data``, ``net.py.safetensors``, ``net.bin`` of ``net.xml``."""
     row = exporters.named(path)
-    more = [path.with_name(f"{path.name}.data"), *(row.beside(path) if row is not None else ())]
+    more = [path.with_name(f"{path.name}{suffix}") for suffix in (".data", ".safetensors")]
+    more += row.beside(path) if row is not None else ()
     return [path, *(each for each in more if each.is_file())]
 
 

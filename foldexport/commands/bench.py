@@ -41,7 +41,7 @@ class Batches(click.ParamType):
 @click.option("--runtimes", metavar="NAME[,NAME…]",
               help="Any of eager, compile, torchscript, onnxruntime, onnxruntime-plain (without its own optimisations), openvino, "
               "tensorrt, cudagraphs. Default: those that work here; for files the usual one of their format. Only when named: "
-              "pt2, aotinductor, onnxruntime-web.")
+              "source, pt2, aotinductor, onnxruntime-web, executorch, litert, ncnn.")
 @click.option("--batch", "batches", type=Batches(), metavar="1,8,32", default=(), help="Sizes of the batch, each timed.")
 @click.option("--input-shape", "sizes", type=Shapes(), metavar="1x3x224x224", multiple=True,
               help="Default: the network's own. Repeat to time several; join the inputs of one network with +.")

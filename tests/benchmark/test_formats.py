@@ -21,15 +21,15 @@ from foldexport.exporters.web import node
 from tests.exporters import networks
 from tests.exporters.installed import need
 
-ASKED_FOR = ("pt2", "aotinductor", "onnxruntime-web", "executorch", "litert", "ncnn")
+ASKED_FOR = ("source", "pt2", "aotinductor", "onnxruntime-web", "executorch", "litert", "ncnn")
 FILES = [
-    ("pt2", "pt2"), ("openvino", "openvino"), ("onnxruntime", "ort"), ("web", "web"), ("executorch", "executorch"),
-    ("litert", "litert"), ("ncnn", "ncnn"),
+    ("source", "pytorch"), ("pt2", "pt2"), ("openvino", "openvino"), ("onnxruntime", "ort"), ("web", "web"),
+    ("executorch", "executorch"), ("litert", "litert"), ("ncnn", "ncnn"),
 ]  # fmt: skip
 READ = {
     "net.onnx": "onnxruntime", "net.ort": "onnxruntime", "net.xml": "openvino", "net.pt2": "pt2", "net.aoti.pt2": "aotinductor",
     "net.web.onnx": "onnxruntime-web", "net.torchscript.pt": "torchscript", "net.pte": "executorch", "net.tflite": "litert",
-    "net.ncnn.param": "ncnn",
+    "net.ncnn.param": "ncnn", "net.py": "source",
 }  # fmt: skip
 
 

@@ -77,6 +77,8 @@ RUNTIMES: dict[str, Runtime] = {
                 description="torch.compile"),
         Runtime("torchscript", "pytorch:torchscript", "torchscript", **_TORCH, aliases=("ts", "jit"),
                 description="torch.jit, frozen"),
+        Runtime("source", "pytorch:source", "pytorch", ("torch", "safetensors"), "torch", "pip install foldexport", aliases=("py",),
+                by_default=False, description="readable PyTorch source"),
         Runtime("pt2", "pytorch:exported", "pt2", **_TORCH, aliases=("torch.export", "exported"), by_default=False,
                 description="the program of torch.export"),
         Runtime("aotinductor", "pytorch:ahead_of_time", "aotinductor", **_TORCH, devices=("cpu",), aliases=("aoti",),

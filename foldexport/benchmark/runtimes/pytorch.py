@@ -45,6 +45,17 @@ def torchscript(path: Path, arrays: Sequence[np.ndarray], threads: int, device: 
     return _ready(loaded, inputs, device)
 
 
+def source(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
+    """The written network, whose source is read before it is run."""
+    from foldexport.exporters.pytorch.exporter import require_network
+
+    require_network(path)
+    inputs = _prepare(arrays, threads, device)
+    name = f"_foldexport_source_{path.stem}"
+    _import_file(name, str(path))
+    return _ready(sys.modules[name].load().to(device), inputs, device)
+
+
 def exported(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
     """The program of torch.export, operator after operator."""
     inputs = _prepare(arrays, threads, device)
