@@ -120,12 +120,11 @@ def product_precision() -> str:
 
 def _newer() -> dict[str, Any]:
     """The owners of the new switches, ``fp32_precision`` each."""
-    import torch
+    import torch.backends.cudnn.rnn
 
     backends = torch.backends
-    rnn = backends._FP32Precision("cuda", "rnn")  # backends.cudnn.rnn is it in 2.13; in 2.9 importing that name hides it
     return {
-        "cuda matmul": backends.cuda.matmul, "cudnn conv": backends.cudnn.conv, "cudnn rnn": rnn,
+        "cuda matmul": backends.cuda.matmul, "cudnn conv": backends.cudnn.conv, "cudnn rnn": backends.cudnn.rnn,
         "mkldnn matmul": backends.mkldnn.matmul, "mkldnn conv": backends.mkldnn.conv,
     }  # fmt: skip
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.versions import PRINTS
+
 ROOT = Path(__file__).parent.parent
 TOUR = ROOT / "models" / "tour.ipynb"
 LARGEST_BYTES = 200_000
@@ -23,6 +25,7 @@ def tool(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=600)
 
 
+@PRINTS
 def test_the_cells_run_and_show_what_the_file_has():
     done = tool(TOUR)
     assert done.returncode == 0, f"run tools/notebook.py {TOUR.name} where this is meant:\n{done.stdout}{done.stderr[-2000:]}"

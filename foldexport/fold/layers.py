@@ -177,7 +177,7 @@ def _batch_norm(stored: Stored) -> nn.Module:
     """``γ·s + β`` as a batch norm with μ = 0 and σ² + ε = 1: one operator, which runtimes fuse where they can.
 
     ε is a power of two near the usual 1e-5, so that 1 − ε and its sum with ε are exact in float32 too; ε = 0 is refused by
-    training in PyTorch, and by inference as well in its versions 2.10 to 2.12.
+    training in PyTorch, and by inference as well in some of its versions (2.11).
     """
     size = stored.shape[1]
     make = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[stored.rank]

@@ -16,6 +16,7 @@ from foldexport.trace import views
 from foldexport.trace.aliases import Aliases
 from tests.eager import Function, assert_same_as_eager, operators
 from tests.statistics import randomise
+from tests.versions import FREE_BATCHES
 
 VIEWS = [
     lambda t, r: t[:, : max(1, t.shape[1] // 2)],
@@ -76,6 +77,7 @@ class Program(nn.Module):
         return tensors
 
 
+@FREE_BATCHES
 @pytest.mark.parametrize("seed", range(40))
 def test_random_program_equals_eager(seed):
     assert_same_as_eager(Program(seed).eval(), torch.randn(2, 6, 4, 5))
