@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
+from foldexport.device import full_float32
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.exporters import graph_inner
 from foldexport.exporters.inner import Inner
@@ -34,6 +37,7 @@ class ProgramExporter:
 
     name = "pt2"
     suffix = ".pt2"
+    devices = ("cpu", "cuda")
 
     def export(self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None) -> dict[str, Any]:
         """Write ``module`` to ``path``; equal modules give equal bytes, whatever the process or the folder.
@@ -59,19 +63,22 @@ class ProgramExporter:
             "operators": sum(node.op == "call_function" for node in program.graph.nodes),
         }
 
-    def load(self, path: str | Path, *, threads: int = 0) -> Callable[..., list[np.ndarray]]:
-        """A callable that runs the file in PyTorch on the CPU, ``*arrays -> [arrays]``.
+    def load(self, path: str | Path, *, threads: int = 0, device: str = "cpu") -> Callable[..., list[np.ndarray]]:
+        """A callable that runs the file in PyTorch on ``device``, ``*arrays -> [arrays]``; TF32 is off on a GPU.
 
         threads: not a property of a loaded file, 0 only. Raises :class:`EquivalenceError` when PyTorch refuses the file.
         """
         if threads:
             raise UsageError("pt2: threads belong to the process; call torch.set_num_threads instead.")
         with silent():
-            network = _load(path).module()
+            program = _load(path)
+            network = (program if device == "cpu" else move_to_device_pass(program, device)).module()
+        exact = full_float32 if device != "cpu" else nullcontext
 
         def run(*arrays: np.ndarray) -> list[np.ndarray]:
-            with torch.inference_mode():
-                return leaves(network(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)))
+            tensors = [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
+            with exact(), torch.inference_mode():
+                return leaves(network(*tensors))
 
         return run
 

@@ -27,7 +27,7 @@ from foldexport.verify import Comparison, compare, on_device
 from foldexport.verify.reference import Reference, reference
 
 CHECKPOINTS = sorted((Path(__file__).resolve().parents[2] / "models").glob("*.pth"))
-FORMATS = ("onnx", "torchscript", "pytorch")
+FORMATS = ("onnx", "torchscript", "pytorch", "pt2")
 WARM_RUNS = 3
 TF32_AT_LEAST = 100.0  # times the float32 noise: 2^-11 against 2^-24, less what cancels on the way
 TF32_SINCE = (8, 0)  # compute capability
