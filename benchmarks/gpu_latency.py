@@ -29,7 +29,7 @@ import foldexport
 from foldexport import device as devices
 from foldexport.errors import FoldexportError, MissingDependencyError
 from foldexport.manifest import plain
-from foldexport.report.bench import milliseconds
+from foldexport.report.words import milliseconds
 from foldexport.zoo.diracnet import diracnet
 from foldexport.zoo.nfresnet import nfresnet
 from foldexport.zoo.preresnet import preresnet

@@ -16,7 +16,7 @@ from foldexport.bundle import GOLDEN, SUMS, VERIFY
 from foldexport.bundle.recipe import recipe
 from foldexport.destination import MANIFEST_SUFFIX
 from foldexport.report import ledger
-from foldexport.report.console import OPERATORS, size
+from foldexport.report.words import OPERATORS, size
 
 SHOWN_KEPT = 20
 SHOWN_CLASSES = 100

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foldexport.benchmark.timing import SAME
-from foldexport.report.console import INDENT, heading, size
+from foldexport.report.console import INDENT, heading
+from foldexport.report.words import milliseconds, size
 
 if TYPE_CHECKING:
     from foldexport.benchmark.timing import Entry, Measurement, Timing
@@ -64,14 +65,6 @@ def interval(entry: Entry) -> str:
     if not entry.ratio.measurable:
         return f"{SAME} ({_factor(low)} to {_factor(high)} times {'as fast' if entry.ratio.value < 1 else 'as slow'})"
     return f"{entry.verdict} ({_factor(low)} to {_factor(high)})"
-
-
-def milliseconds(value: float | None) -> str:
-    """Three digits, "0.527", "12.4", "1240"; a dash for what is not known."""
-    if value is None:
-        return "–"
-    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
-    return f"{value:.{digits}f}"
 
 
 def threads(count: int) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from foldexport.artifact import size_bytes
 from foldexport.report import ledger
+from foldexport.report.words import OPERATORS, size
 
 if TYPE_CHECKING:
     from foldexport.costs import Costs
@@ -30,8 +31,6 @@ WIDEST = 120
 INDENT = 2
 ROOM_FOR_ALIASES = 105  # columns of the terminal from which formats have their other names beside them
 LEAD = 17  # columns of ✓ and a format's name, or "training graph"
-OPERATORS = {"conv": "convolution", "conv_transpose": "transposed convolution", "linear": "linear", "relu": "ReLU",
-             "relu6": "ReLU6", "add": "addition", "mul": "multiplication", "cat": "concatenation"}  # fmt: skip
 
 
 def outcome(screen: Console, done: Outcome) -> None:
@@ -333,12 +332,3 @@ def _here(path: Path) -> str:
 
 def _shell(path: Path) -> str:
     return shlex.quote(_here(path))
-
-
-def size(count: float) -> str:
-    """``10_900_000`` → ``"10.9 M"``: three digits, powers of a thousand; a unit may be put right behind it."""
-    units = ["", "k", "M", "G", "T"]
-    while abs(count) >= 999.5 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    digits = 0 if units[0] == "" or abs(count) >= 99.95 else 1 if abs(count) >= 9.995 else 2
-    return f"{count:.{digits}f} {units[0]}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from foldexport.many.result import ENDED, INTERRUPTED, Result
-from foldexport.report.console import size
+from foldexport.report.words import size
 
 if TYPE_CHECKING:
     from rich.console import Console

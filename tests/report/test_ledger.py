@@ -6,8 +6,8 @@ import pytest
 
 from foldexport.fold.ledger import Entry
 from foldexport.report import ledger
-from foldexport.report.console import size
 from foldexport.report.terminal import words
+from foldexport.report.words import size
 
 
 def test_what_folded_is_grouped_by_kind():

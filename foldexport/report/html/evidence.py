@@ -7,9 +7,8 @@ from typing import Any
 
 from foldexport.precision.quality import Quality
 from foldexport.precision.types import HALF
-from foldexport.report.bench import milliseconds
-from foldexport.report.console import size
 from foldexport.report.html.charts import Line, bars, chart, number
+from foldexport.report.words import milliseconds, size
 
 FAIL, WARN = 8.0, 4.0  # times float32 noise, as foldexport.verify judges
 FLOAT16 = 65504.0

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foldexport.report import ledger as phrases
-from foldexport.report.console import size
 from foldexport.report.html import kinds
+from foldexport.report.words import size
 
 
 def heading(record: Mapping[str, Any]) -> dict[str, Any]:
