@@ -239,7 +239,7 @@ def _certificate(screen: Console, found: Study) -> None:
     for name, reason in found.certificate.dropped:
         _sentence(screen, "", [f"probe {name} left out: {reason}"], "dim")
     if found.extremes is not None:
-        peaks = [("weight", found.extremes.weight), ("activation", found.extremes.activation)]
+        peaks = [("weight or bias", found.extremes.weight), ("activation", found.extremes.activation)]
         _sentence(screen, "largest", [f"{kind} {peak.value:.3g} in {peak.layer}" for kind, peak in peaks], "dim")
 
 

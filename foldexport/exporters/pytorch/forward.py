@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from foldexport.device import names_device
 from foldexport.errors import UsageError
 from foldexport.exporters.pytorch.calls import BINARY, Text, call, is_method
-from foldexport.exporters.pytorch.layers import constructor, functional, literal
+from foldexport.exporters.pytorch.layers import constructor, declared, functional, literal
 
 POOL = ("x", "y", "z")  # what values are called that do not live long
 LONG = 12  # lines; what lives longer is called after its module
@@ -165,8 +165,6 @@ class _Writer:
         return self.members[path]
 
     def _tensor(self, path: str) -> str:
-        from foldexport.exporters.pytorch.source import declared
-
         if path not in self.members:
             value = operator.attrgetter(path)(self.module)
             if not isinstance(value, Tensor):

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foldexport.errors import UsageError
 
@@ -129,3 +129,10 @@ CALLS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.PixelShuffle: ("F.pixel_shuffle", "upscale_factor"),
     nn.PixelUnshuffle: ("F.pixel_unshuffle", "downscale_factor"),
 }
+
+
+def declared(tensor: Tensor) -> str:
+    """``torch.zeros(8, 1, 1)``: a tensor of this shape and type, to be filled from the file."""
+    shape = ", ".join(map(str, tensor.shape)) if tensor.dim() else "()"
+    dtype = "" if tensor.dtype == torch.float32 else f", dtype={tensor.dtype}"
+    return f"torch.zeros({shape}{dtype})"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from foldexport.errors import UsageError
@@ -150,10 +148,3 @@ def _summary(definition: str, tensors: dict[str, Tensor]) -> str:
     types = sorted({str(each.dtype).removeprefix("torch.") for each in floats})
     found.append(f"{sum(each.numel() for each in floats):,} weights{' in ' + ' and '.join(types) if types else ''}")
     return ", ".join(found)
-
-
-def declared(tensor: Tensor) -> str:
-    """``torch.zeros(8, 1, 1)``: a tensor of this shape and type, to be filled from the file."""
-    shape = ", ".join(map(str, tensor.shape)) if tensor.dim() else "()"
-    dtype: Any = "" if tensor.dtype == torch.float32 else f", dtype={tensor.dtype}"
-    return f"torch.zeros({shape}{dtype})"

@@ -131,7 +131,8 @@ def weights(document: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     lines = [Line("training graph", [row["before"] for row in rows], "was"), Line("folded", [row["after"] for row in rows], "now")]
     drawn = chart("largest |weight| of each layer", [row["layer"] for row in rows], lines, joined=False)
-    peaks = [(kind, number(_float(each["value"])), each["layer"]) for kind, each in (extremes or {}).items()]
+    words = {"weight": "weight or bias"}
+    peaks = [(words.get(kind, kind), number(_float(each["value"])), each["layer"]) for kind, each in (extremes or {}).items()]
     fits = all((_float(each["value"]) or 0.0) < FLOAT16 for each in (extremes or {}).values())
     return {"chart": drawn, "peaks": peaks, "fits": fits} if drawn else None
 
