@@ -89,7 +89,8 @@ def test_what_stays_on_the_cpu_is_told():
 
 def test_the_cuda_provider_computes_without_tf32():
     provider, last = onnx_devices.providers("cuda:1")
-    assert provider == ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"}) and last == "CPUExecutionProvider"
+    wanted = {"device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert provider == ("CUDAExecutionProvider", wanted) and last == "CPUExecutionProvider"
     assert onnx_devices.providers("cpu") == onnx_devices.providers(HERE) == ["CPUExecutionProvider"]
 
 
