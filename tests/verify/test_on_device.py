@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,6 +219,29 @@ def test_on_the_cpu_nothing_is_added(tmp_path):
     question = pipeline.Question(command.save_dirac(tmp_path / "net.pth"))
     done = pipeline.convert(question, pipeline.Order(tuple(exporters.resolve("ts"))))
     assert "device" not in done.manifest and done.on_device == [] and done.artifacts[0].comparison.device == "cpu"
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_verify_says_whose_noise_it_judges_by(measured, tmp_path, monkeypatch):
+    """A file that rounds 200 times as much there as on the CPU, as far as anybody measured that before."""
+    question = pipeline.Question(command.save_dirac(tmp_path / "net.pth"))
+    done = pipeline.convert(question, pipeline.Order(tuple(exporters.resolve("ts")), device=HERE if measured else "cpu"))
+    document = json.loads(done.manifest_path.read_text())
+    noise = 200 * document["golden"]["n32"][0]
+    if measured:
+        document["device"]["float32_noise"] = [noise]
+        done.manifest_path.write_text(json.dumps(document))
+    place = recheck.placing.place
+
+    def rough(*given):
+        found = place(*given)
+        run = lambda *arrays: [each + noise * np.abs(each).max() for each in found.run(*arrays)]  # noqa: E731
+        return dataclasses.replace(found, run=run)
+
+    monkeypatch.setattr(recheck.placing, "place", rough)
+    (found,) = recheck.recheck(done.manifest_path, device=HERE)
+    assert found.ok is measured
+    assert measured or found.reason.endswith(f"since {HERE}'s is not in the manifest: --device cuda measures it at export")
 
 
 def test_a_failure_there_leaves_no_file(tmp_path, monkeypatch):
