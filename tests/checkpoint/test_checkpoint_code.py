@@ -22,7 +22,8 @@ from tests.checkpoint_files import Network, layouts, plants, refused, rewrite_zi
 def test_planted_code_does_not_run(tmp_path, layout, name):
     marker = tmp_path / "marker"
     path = save({"state_dict": state(), "extra": plants(marker)[name]}, tmp_path / "evil.pth", layout)
-    refused(path, f"the file wants to run `{name}`", "nothing was run", "--trust-pickle")
+    named = f"{io.open.__module__}.open" if name == "io.open" else name  # which Python 3.13 calls _io.open
+    refused(path, f"the file wants to run `{named}`", "nothing was run", "--trust-pickle")
     assert not marker.exists()
 
 

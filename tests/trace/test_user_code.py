@@ -168,7 +168,7 @@ def test_nested_deeper_than_tracing_can_go_at_once():
 
 def test_nested_deeper_than_python_can_go():
     with pytest.raises(ModelError, match=r"Deep does not run: .*deeper than Python's limit of \d+\.\n.*setrecursionlimit"):
-        trace(odd.Deep(300).eval(), IMAGE)
+        trace(odd.Deep(400).eval(), IMAGE)
 
 
 # ---- refusals
