@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, executorch_file
+from foldexport.exporters import asked, executorch_file, scales
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted
@@ -115,6 +115,10 @@ class ExecuTorchExporter:
                 return f"XNNPACK does not resize this network to a batch of {batch} ({error}): the file has the example's batch"
         return ""
 
+    def suited(self, module: nn.Module) -> nn.Module:
+        """The module with no statistics among the weights of batch norms that only scale, which a file does not keep."""
+        return scales.without_statistics(module)
+
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every constant of the file, in XNNPACK's parts and outside, in PyTorch's order of elements."""
         return executorch_file.read(path).weights
@@ -147,6 +151,6 @@ def _lowered(module: nn.Module, example: tuple, free: bool) -> bytes:
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # torch.export and ExecuTorch's passes share no base class of their errors
             reason = said.reason(error)
-    raise UsageError(f"executorch: cannot write this network: {reason}")
+    raise UsageError(f"executorch: cannot write this network: {reason}; export to onnx or pt2.")
 
 

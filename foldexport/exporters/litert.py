@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters import asked, litert_file, litert_inner, sizes
+from foldexport.exporters import asked, litert_file, litert_inner, litert_rewrites, scales, sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted
 from foldexport.exporters.widened import kept_wide, widened
 
+PLACE = re.compile(r"\S+\.py:\d+:\d+: (error: )?")  # in PyTorch's own sources
 CLOSE = 1e-3  # of peak: a file that was resized wrongly is further off
 
 
@@ -50,7 +52,7 @@ class LiteRTExporter:
         wide = kept_wide(module) if options.precision == "fp16" else []
         if wide:
             raise PrecisionError(f"litert: {', '.join(wide[:3])} stay in float32, and a file is in one type here: ask for fp32.")
-        free, path, single = "batch" in options.dynamic, Path(path), widened(module)
+        free, path, single = "batch" in options.dynamic, Path(path), litert_rewrites.closed(widened(module))
         given = tuple(value.float() for value in (asked.at_batch(example, 1) if free else example))
         _write(single, given, path, options.precision == "fp16")
         fixed = self._not_resized(path, single, asked.at_batch(given, 3)) if free else ""
@@ -130,6 +132,10 @@ class LiteRTExporter:
                 raise ValueError(said.reason(error)) from error
         return found, inputs, outputs
 
+    def suited(self, module: nn.Module) -> nn.Module:
+        """The module with no statistics among the weights of batch norms that only scale, which a file does not keep."""
+        return scales.without_statistics(module)
+
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every constant of the file, in PyTorch's order of elements."""
         return litert_file.weights(path)
@@ -193,7 +199,7 @@ def _write(module: nn.Module, example: tuple, path: Path, half: bool) -> None:
             return
         except Exception as error:  # torch.export, MLIR and the converter raise whatever their passes raise
             reason = said.reason(error)
-    raise UsageError(f"litert: litert-torch cannot convert this network: {reason}")
+    raise UsageError(f"litert: litert-torch cannot convert this network: {PLACE.sub('', reason)}; export to onnx.")
 
 
 def _halve(path: Path) -> None:

@@ -16,6 +16,8 @@ from foldexport.errors import EquivalenceError
 IDENTIFIER = b"TFL3"
 TYPES = {number: np.dtype(kind) for number, kind in {0: "<f4", 1: "<f2", 2: "<i4", 4: "<i8", 6: "?", 9: "i1", 10: "<f8"}.items()}
 CONCATENATION, CONV_2D, DEPTHWISE_CONV_2D, DEQUANTIZE, RESHAPE, TRANSPOSE_CONV = 2, 3, 4, 6, 22, 67
+MAXIMUM, MINIMUM = 55, 57
+NO_BOUND = {MAXIMUM: np.finfo("<f4").min, MINIMUM: np.finfo("<f4").max}  # as the converter writes an infinite one
 KERNELS = (CONV_2D, DEPTHWISE_CONV_2D, TRANSPOSE_CONV)  # each reads its kernel as its second input
 
 
@@ -24,7 +26,7 @@ def weights(path: str | Path) -> dict[str, np.ndarray]:
     model, content = read(path), Path(path).read_bytes()
     found: dict[str, np.ndarray] = {}
     for graph in model.subgraphs:
-        roles = _roles(model, graph)
+        roles, bounds = _roles(model, graph), _bounds(model, graph)
         for place, tensor in enumerate(graph.tensors):
             raw, kind = _bytes(model.buffers[tensor.buffer], content), TYPES.get(tensor.type)
             if kind is None or not raw:
@@ -34,6 +36,8 @@ def weights(path: str | Path) -> dict[str, np.ndarray]:
                 values = np.frombuffer(raw, kind).reshape(shape)
             except ValueError as error:
                 raise EquivalenceError(f"litert: the file has {len(raw)} bytes where a {kind} of {shape} should be.") from error
+            if place in bounds and kind == np.float32:
+                values = np.where(values == (end := NO_BOUND[bounds[place]]), np.copysign(np.float32(np.inf), end), values)
             found[f"{place}.{_text(tensor.name)}"] = np.ascontiguousarray(_as_pytorch(values, roles.get(place)))
         places = {int(name.partition(".")[0]): values for name, values in found.items()}
         for parts in _groups(model, graph):
@@ -123,6 +127,15 @@ def _roles(model: Any, graph: Any) -> dict[int, int]:
             place = int(each.inputs[1])
             found[sources.get(place, place)] = kinds[each.opcodeIndex]
     return found
+
+
+def _bounds(model: Any, graph: Any) -> dict[int, int]:
+    """Of the constants that bound values from below or above: the operator that reads them, where only one kind does."""
+    kinds, readers = _kinds(model), dict[int, set[int]]()
+    for each in graph.operators:
+        for place in each.inputs:
+            readers.setdefault(int(place), set()).add(kinds[each.opcodeIndex])
+    return {place: min(found) for place, found in readers.items() if len(found) == 1 and found <= {MAXIMUM, MINIMUM}}
 
 
 def _groups(model: Any, graph: Any) -> list[list[int]]:

@@ -20,16 +20,16 @@ from torch import nn
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, ncnn_file, ncnn_inner, sizes
+from foldexport.exporters import asked, ncnn_clamps, ncnn_file, ncnn_inner, sizes
 from foldexport.exporters.inner import Inner
-from foldexport.exporters.ncnn_file import Blob, Layer, Unreadable
+from foldexport.exporters.ncnn_file import ARRAY_KEY, UNREAD, Blob, Layer, Unreadable
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.widened import halves, widened
 
 BINARY = ".ncnn.bin"
 SECONDS = 3600  # that PNNX may take
-FOREIGN = re.compile(r"[a-z0-9_]*[.:]|^[a-z]")  # an operator that PNNX left as PyTorch's: F.grid_sample, aten::foo, pnnx.Expression
+FOREIGN = re.compile(r"\w*[.:]|[a-z]")  # an operator that PNNX left as PyTorch's: F.rrelu, Tensor.slice, aten::foo, pnnx.Expression
 
 
 class NcnnExporter:
@@ -58,7 +58,7 @@ class NcnnExporter:
             )
         sizes.require_free_axes(module, example, options)
         path, one = Path(path), asked.at_batch(example, 1)
-        wide = widened(module)
+        wide = ncnn_clamps.separated(widened(module))
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".ncnn-") as folder, torch.no_grad():
             param, binary = _converted(wide, tuple(value.float() for value in one), Path(folder), options)
             path.write_bytes(param.read_bytes())
@@ -84,8 +84,10 @@ class NcnnExporter:
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every weight of the ``.bin``, by layer and role, in PyTorch's order of elements."""
-        found = _read(Path(path), _binary(path))
-        return {f"{each.layer.name}.{place}.{each.role}": _in_order(each) for place, each in enumerate(found)}
+        path = Path(path)
+        found = _read(path, _binary(path))
+        slopes = {f"{each.name}.0.slope": np.array(_slope(each), "<f4") for each in ncnn_file_layers(path) if _slope(each)}
+        return slopes | {f"{each.layer.name}.{place}.{each.role}": _in_order(each) for place, each in enumerate(found)}
 
     def inner(self, path: str | Path) -> Inner:
         """The layers inside the files, and their values."""
@@ -160,10 +162,13 @@ def _converted(module: nn.Module, example: tuple, folder: Path, options: ExportO
     if ran.returncode or not param.is_file() or not binary.is_file():
         lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"it ended with {ran.returncode}"
-        raise UsageError(f"ncnn: pnnx cannot convert this network: {reason}")
+        raise UsageError(f"ncnn: pnnx cannot convert this network: {reason}; export to onnx.")
     left = sorted({layer.kind for layer in ncnn_file_layers(param) if FOREIGN.match(layer.kind)})
     if left:
         raise UsageError(f"ncnn: has no {', '.join(left)}: export to onnx, or take the operator out of the network.")
+    unread = sorted({layer.kind for layer in ncnn_file_layers(param) if layer.kind in UNREAD})
+    if unread:
+        raise UsageError(f"ncnn: keeps the weights of its {', '.join(unread)} in an order that cannot be compared: export to onnx.")
     return param, binary
 
 
@@ -187,6 +192,16 @@ def _halved(found: list[Blob], module: nn.Module) -> list[Blob]:
         else each
         for each in found
     ]
+
+
+def _slope(layer: Layer) -> list[float]:
+    """That of a leaky ReLU, by itself or a part of its layer: PNNX writes a PReLU with one slope so, into the ``.param``."""
+    if layer.kind == "ReLU":
+        return [float(layer.keys[0])] if 0 in layer.keys else []
+    leaky = ncnn_inner.ACTIVATIONS.get(layer.keys.get(ncnn_inner.ACTIVATION, 0)) == "leaky_relu"
+    if layer.kind not in ncnn_inner.FUSING or not leaky:
+        return []
+    return [float(each) for each in str(layer.keys.get(ARRAY_KEY - 10, "")).split(",")[1:2]]
 
 
 def _ends(layers: list[Layer]) -> list[list[str]]:

@@ -29,7 +29,15 @@ BARE = {
     "InstanceNorm": lambda keys: [keys.get(0, 0)] * 2 if keys.get(2, 1) else [],
     "GroupNorm": lambda keys: [keys.get(1, 0)] * 2 if keys.get(3, 1) else [],
     "LayerNorm": lambda keys: [keys.get(0, 0)] * 2 if keys.get(2, 1) else [],
+    "RMSNorm": lambda keys: [keys.get(0, 0)] if keys.get(2, 1) else [],
+    "Normalize": lambda keys: [keys.get(3, 0)],
+    "Bias": lambda keys: [keys.get(0, 0)],
+    "Padding": lambda keys: [keys.get(6, 0)] if keys.get(6, 0) else [],
 }  # fmt: skip
+#: Layers with weights that are not read here: those in orders of their own, and int8 ones.
+UNREAD = frozenset({
+    "LSTM", "GRU", "RNN", "MultiHeadAttention", "DeformableConv2D", "Quantize", "Dequantize", "Requantize",
+})  # fmt: skip
 
 
 class Unreadable(ValueError):
@@ -91,6 +99,8 @@ def _held(layer: Layer) -> Iterator[tuple[str, int, bool]]:
     """(role, number of values, tagged) of a layer's weights, in the order of the file."""
     keys = layer.keys
     dynamic = 28 if layer.kind.startswith("Deconvolution") else 19  # the key of a weight that is an input
+    if layer.kind in UNREAD:
+        raise Unreadable(f"the weights of a {layer.kind}, {layer.name}, cannot be read")
     if layer.kind in CONVOLUTIONS and not keys.get(dynamic, 0):
         yield "weight", keys[6], True
         if keys.get(5, 0):
@@ -99,11 +109,29 @@ def _held(layer: Layer) -> Iterator[tuple[str, int, bool]]:
         yield "weight", keys[2], True
         if keys.get(1, 0):
             yield "bias", keys[0], False
+    elif layer.kind == "Embed":
+        yield "weight", keys[3], True
+        if keys.get(2, 0):
+            yield "bias", keys[0], False
+    elif layer.kind == "Gemm":
+        yield from _matrices(keys)
     elif layer.kind == "MemoryData":
         count = int(np.prod([size for size in (keys.get(each, 0) for each in (0, 1, 11, 2)) if size]))
         yield "data", count, keys.get(21, 1) == 0
     for count in BARE.get(layer.kind, lambda keys: [])(keys):
         yield "values", count, False
+
+
+def _matrices(keys: dict[int, int | str]) -> Iterator[tuple[str, int, bool]]:
+    """Those of A [M, K], B [K, N] and C in ``α·AB + β·C`` that are constants; key 10 says along which axes C is broadcast."""
+    rows, columns, inner = (keys.get(each, 0) for each in (7, 8, 9))
+    if keys.get(4, 0):
+        yield "a", rows * inner, True
+    if keys.get(5, 0):
+        yield "b", inner * columns, True
+    along = keys.get(10, 0)
+    if keys.get(6, 0) and along != -1:
+        yield "c", {0: 1, 1: rows, 2: rows, 3: rows * columns, 4: columns}[along], True
 
 
 def _read(content: bytes, at: int, count: int, tagged: bool, name: str) -> tuple[np.ndarray, int]:

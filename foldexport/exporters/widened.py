@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,10 +15,11 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def widened(module: nn.Module) -> nn.Module:
     """A float32 copy of a module in a half type; every value is exact. The casts between its layers are gone."""
+    if isinstance(module, PlainHalf):  # it is bound to what it runs, and a copy would be too
+        count = len(inspect.signature(module.forward).parameters)
+        return PlainHalf(module.network, torch.float32, torch.float32, count).eval()
     result = copy.deepcopy(module)
     result._apply(_wide)
-    if isinstance(result, PlainHalf):
-        result._dtype = result._outside = torch.float32
     if isinstance(result, fx.GraphModule):
         _without_casts(result)
     return result.eval()

@@ -78,10 +78,13 @@ class Reference:
         return [level for level, leaf in zip(levels, graph.fx.output_node().args[0], strict=True) if _is_tensor(leaf)]
 
     def compare(
-        self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None
+        self, exporter: Any, path: Path, module: nn.Module | None, tolerance: Tolerance | None = None, *, as_written: bool = False
     ) -> Comparison:
-        """Run the artifact at ``path`` on every input; ``module``'s weights, where given, must be in it bit for bit."""
-        module = exporters.suited(exporter, module) if module is not None else None
+        """Run the artifact at ``path`` on every input; ``module``'s weights, where given, must be in it bit for bit.
+
+        as_written: the module is in the form that was written already.
+        """
+        module = exporters.suited(exporter, module) if module is not None and not as_written else module
         weights = match_weights(expected_weights(module), exporter.weights(path)) if module is not None else None
         reason = exporter.cannot_run(path) if hasattr(exporter, "cannot_run") else ""
         if reason:
@@ -123,8 +126,9 @@ class Reference:
         module: the folded one, whose weights the file must hold; None where nothing was folded.
         """
         if hasattr(exporter, "prove_source"):
+            written = exporters.suited(exporter, module) if module is not None else None
             exporter.folded = module is not None
-            exporter.prove_source = lambda source, file: self.compare(source, file, module, tolerance)
+            exporter.prove_source = lambda source, file: self.compare(source, file, written, tolerance, as_written=True)
 
 
 def reference(

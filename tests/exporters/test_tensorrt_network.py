@@ -9,11 +9,15 @@ from torch import nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
+from foldexport.exporters import scales
 from foldexport.exporters.tensorrt import network
 from foldexport.exporters.tensorrt.network import prove, weights
 from foldexport.exporters.weights import expected_weights, match_weights
+from foldexport.fold.rebuild import in_dtype
+from foldexport.zoo.preresnet import preresnet
 from tests.exporters.networks import Tied, Views, chain
 from tests.exporters.tensorrt_parts import Determinant, Layers, Preactivation, parsed, perturb, rtx, write
+from tests.fold.test_blocks import ReadElsewhere
 from tests.statistics import randomise
 
 
@@ -52,7 +56,34 @@ def test_unfolded_batch_norm_is_a_scale_layer_and_is_caught(tmp_path):
     found = parsed(tmp_path / "net.onnx")
     with pytest.raises(EquivalenceError, match="1 SCALE layer in the parsed network, the first `norm`: a batch norm was left"):
         prove(found, initializers)
-    assert len(prove(found, initializers, folded=False).scale) == 1
+    assert len(prove(found, initializers, kept=None).scale) == 1
+
+
+def test_a_batch_norm_that_stays_for_a_reason_is_compared_too(tmp_path):
+    """Its convolution is read elsewhere: γ and β are the folded module's bit for bit, and one more SCALE layer is a mistake."""
+    rtx()
+    torch.manual_seed(0)
+    folded = foldexport.fold(randomise(ReadElsewhere(), 0), torch.randn(2, 8, 8, 8))
+    module = in_dtype(folded.module, torch.float32)
+    assert scales.count(module) == 1
+    initializers = write(scales.without_statistics(module), tmp_path / "net.onnx", (1, 8, 8, 8))
+    found = parsed(tmp_path / "net.onnx")
+    assert len(prove(found, initializers, kept=1).scale) == 1 and "unit.bn.weight" in _arrays(found)
+    with pytest.raises(EquivalenceError, match="1 SCALE layer"):
+        prove(found, initializers)
+    perturb(tmp_path / "net.onnx", "unit.bn.bias")
+    with pytest.raises(EquivalenceError, match=r"shift of `unit.bn` differs in 1 of \d+ values"):
+        prove(parsed(tmp_path / "net.onnx"), initializers, kept=1)
+
+
+def test_clamps_that_onnxruntime_gets_otherwise_are_proved_as_they_were_written(tmp_path):
+    """A pre-activation network with γ of both signs: the ONNX format rewrites its clamps, the file of an engine does not."""
+    rtx()
+    folded = foldexport.fold(randomise(preresnet(8, width=4), 0), torch.randn(2, 3, 32, 32))
+    assert folded.counts_after["clamp"]
+    made = foldexport.export(folded, "tensorrt", tmp_path / "net.engine")
+    same, total = made.comparison.weights_identical
+    assert made.comparison.ok and same == total and "no SCALE layer" in " ".join(made.comparison.instead)
 
 
 def test_folded_network_has_no_scale_layer(tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foldexport.artifact import sha256
 from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, PrecisionError, UsageError
 from foldexport.exporters import onnx as onnx_format
+from foldexport.exporters import scales
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.tensorrt import batches, driver, known, layers, messages
 from foldexport.exporters.tensorrt import flavour as flavours
@@ -80,7 +81,7 @@ class TensorRTExporter:
             self.source = self._proved(file, shapes, options)
             parsed = self._parsed(file, module, example, options)
             initializers = onnx_format.OnnxExporter().weights(file)
-            proof = prove(parsed, initializers, folded=self.folded)
+            proof = prove(parsed, initializers, kept=scales.count(module) if self.folded else None)
             self._instead = _instead(self.source, proof)
             self._range = list(zip(*(options.profile.points()[::2] if options.profile else (shapes, shapes)), strict=True))
             self._weights = _by_name(parsed, initializers)
@@ -94,6 +95,10 @@ class TensorRTExporter:
             record["log"] = [line.replace(folder, "") for line in messages.kept(log.lines)][-LOG_LINES:]
         self._require_precision(options.precision)
         return record
+
+    def suited(self, module: nn.Module) -> nn.Module:
+        """The module with no statistics among the weights of batch norms that only scale, which TensorRT multiplies out."""
+        return scales.without_statistics(module)
 
     def load(self, path: str | Path, *, optimise: bool = True, threads: int = 0) -> Callable[..., list[np.ndarray]]:
         """A callable that runs the engine on the GPU, ``*arrays -> [arrays]``.

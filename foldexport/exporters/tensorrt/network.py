@@ -5,7 +5,7 @@ This is what can be proved of an engine where there is no GPU to run it: the bui
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -124,25 +124,29 @@ def _failures(parser: Any) -> list[Unsupported]:
 
 
 def weights(parsed: Parsed) -> list[Weight]:
-    """Kernels and biases of convolutions, and every constant: linear layers and clamps read theirs from constants."""
+    """Kernels and biases of convolutions, γ and β of batch norms that only scale, and every constant: linear layers and clamps
+    read theirs from constants."""
     trt, kinds = parsed.trt, parsed.trt.LayerType
     found = []
     for layer in parsed.layers():
         if layer.type in (kinds.CONVOLUTION, kinds.DECONVOLUTION):
             layer.__class__ = trt.IConvolutionLayer if layer.type == kinds.CONVOLUTION else trt.IDeconvolutionLayer
-            found += _of_convolution(parsed, layer)
+            found += _of(parsed, layer, ("kernel", "bias"))
+        elif layer.type == kinds.SCALE:
+            layer.__class__ = trt.IScaleLayer
+            found += _of(parsed, layer, ("scale", "shift"))
         elif layer.type == kinds.CONSTANT:
             layer.__class__ = trt.IConstantLayer
             found.append(Weight(layer.name, "constant", layer.name, _array(layer.weights)))
     return found
 
 
-def _of_convolution(parsed: Parsed, layer: Any) -> list[Weight]:
-    """Kernel and bias; a kernel that comes from another layer (quantised) is among the constants."""
+def _of(parsed: Parsed, layer: Any, roles: Sequence[str]) -> list[Weight]:
+    """Its weights, the node's inputs from the second on; one that comes from another layer (quantised) is among the constants."""
     node = (onnx_nodes(layer.metadata) or [layer.name])[0]
     inputs = parsed.modules.inputs.get(node, [])
     found = []
-    for place, role in ((1, "kernel"), (2, "bias")):
+    for place, role in enumerate(roles, 1):
         values = _array(getattr(layer, role))
         if values is None or values.size:
             found.append(Weight(layer.name, role, inputs[place] if place < len(inputs) else "", values))
@@ -156,16 +160,25 @@ def _array(values: Any) -> np.ndarray | None:
     return np.empty(0, np.float32) if values is None or values.size == 0 else None
 
 
-def prove(parsed: Parsed, initializers: Mapping[str, np.ndarray], *, folded: bool = True) -> Proof:
-    """Compare every weight of the parsed network with the ONNX file's, bit for bit; no batch norm may be left.
+def prove(parsed: Parsed, initializers: Mapping[str, np.ndarray], *, kept: int | None = 0) -> Proof:
+    """Compare every weight of the parsed network with the ONNX file's, bit for bit; no batch norm may be left but the ``kept``.
 
-    initializers: of the ONNX file, which was compared with the folded module before. folded: False for a network that
-    was not folded, whose batch norms stay.
+    initializers: of the ONNX file, which was compared with the folded module before. kept: batch norms that the fold left where
+    they stood, for the reasons in its ledger; None for a network that was not folded, whose batch norms multiply their
+    statistics out.
 
     Raises EquivalenceError naming the user's module.
     """
     identical, unreadable = 0, []
+    scale = tuple(layer.name for layer in parsed.layers() if layer.type == parsed.trt.LayerType.SCALE)
+    if kept is not None and len(scale) > kept:
+        raise EquivalenceError(
+            f"tensorrt: {len(scale)} SCALE layer{'s' if len(scale) > 1 else ''} in the parsed network, the first "
+            f"{_where(scale[0], parsed)}: a batch norm was left that should have been folded; no file was written."
+        )
     for weight in weights(parsed):
+        if kept is None and weight.role in ("scale", "shift"):
+            continue
         wanted = _wanted(weight, initializers)
         if weight.values is None:
             unreadable.append(weight.name or weight.layer)
@@ -174,12 +187,6 @@ def prove(parsed: Parsed, initializers: Mapping[str, np.ndarray], *, folded: boo
             continue
         _require_equal(weight, wanted, parsed)
         identical += 1
-    scale = tuple(layer.name for layer in parsed.layers() if layer.type == parsed.trt.LayerType.SCALE)
-    if scale and folded:
-        raise EquivalenceError(
-            f"tensorrt: {len(scale)} SCALE layer{'s' if len(scale) > 1 else ''} in the parsed network, the first "
-            f"{_where(scale[0], parsed)}: a batch norm was left that should have been folded; no file was written."
-        )
     return Proof(identical, tuple(unreadable), scale, parsed.network.num_layers)
 
 
