@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foldexport.artifact import size_bytes
-from foldexport.report import ledger
+from foldexport.report import ledger, precision
 from foldexport.report.words import OPERATORS, size
 
 if TYPE_CHECKING:
@@ -243,40 +243,21 @@ def _certificate(screen: Console, found: Study) -> None:
         _sentence(screen, "largest", [f"{kind} {peak.value:.3g} in {peak.layer}" for kind, peak in peaks], "dim")
 
 
-def _quantised(screen: Console, done: Quantised) -> None:
-    """What int8 cost, and how ranges were brought together."""
-    heading(screen, "precision")
-    quality = done.quality
-    parts = [str(quality), f"calibrated on {quality.calibration_samples} samples"]
-    if quality.equalised_groups:
-        parts.append(f"{quality.equalised_groups} channels equalised, {quality.proved_values} values proved equal")
-    _sentence(screen, "✓ int8", parts, "green")
-    how = "without equalised ranges" if quality.equalised_groups else "with equalised ranges"
-    _sentence(screen, "", [f"{how}: {done.other}"], "dim")
-    for note in done.notes:
-        _sentence(screen, "", [note], "yellow")
-
-
 def _reduced(screen: Console, done: Prepared | Quantised) -> None:
-    """What the type holds, what was rescaled, and what stays in float32."""
-    if hasattr(done, "quality"):
-        _quantised(screen, done)
-        return
-    report, multiple = done.report, done.rounding.multiples["folded"].multiple
+    """What the type holds, what was rescaled, and what stays in float32; of int8, what it cost."""
+    said = precision.said(done.to_dict())
     heading(screen, "precision")
-    parts = [f"{report.layers[1]} of {report.layers[0]} layers in {done.kind.label}"]
-    parts += [] if multiple is None else [f"{multiple:.1f}× {done.kind.name} noise of the unfolded network"]
-    if report.rescaled:
-        low, high = report.exponents
-        parts.append(f"{report.rescaled} groups of values rescaled by 2^{low} to 2^{high}, {report.compared} values proved equal")
-    parts.append(f"largest weight {report.largest[0]:.3g}, activation {report.largest[1]:.3g} (of {done.kind.largest:.3g})")
-    _sentence(screen, f"✓ {done.kind.name}", parts, "green")
-    if report.before:
-        named = ", ".join(f"{each['what']} of {each['layer']} {each['problem']}" for each in report.before[:KEPT_SHOWN])
-        more = f" and {len(report.before) - KEPT_SHOWN} more" if len(report.before) > KEPT_SHOWN else ""
-        _sentence(screen, "without care", [f"{named}{more}"], "dim")
-    for layer, why in list(report.single.items())[:KEPT_SHOWN]:
+    _sentence(screen, f"✓ {said.type}", said.parts, "green")
+    if said.other:
+        _sentence(screen, "", [said.other], "dim")
+    if said.without_care:
+        more = len(said.without_care) - KEPT_SHOWN
+        named = ", ".join(said.without_care[:KEPT_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        _sentence(screen, "without care", [named], "dim")
+    for layer, why in list(said.single.items())[:KEPT_SHOWN]:
         _sentence(screen, "float32", [f"{layer}: {why}"], "yellow")
+    for note in said.notes:
+        _sentence(screen, "", [note], "yellow")
 
 
 def _types(read: dict) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from foldexport import pipeline
 from foldexport.errors import EquivalenceError
-from foldexport.report.html import evidence
+from foldexport.report import precision
 from tests.benchmark.records import timing
 from tests.command import files, foldexport, save_dirac, save_plain
 from tests.report import pages
@@ -58,13 +58,12 @@ def test_what_int8_cost():
     quality = {"sqnr_db": 31.5, "agreement": 0.99, "accuracy_before": 0.84, "accuracy_after": 0.835, "samples": 200,
                "calibration_samples": 256, "equalised_groups": 67, "proved_values": 53, "drop_points": 0.5}  # fmt: skip
     other = {**quality, "equalised_groups": 0}
-    found = evidence.precision({"precision": {"precision": "int8", "quality": quality, "other_quality": other, "notes": ["few"]}})
-    assert found["said"][0] == (
-        "SQNR 31.5 dB, accuracy 84.00% → 83.50% (drop 0.50 points), top-1 agreement 99.00% of 200, calibrated on 256 samples"
-    )
-    assert found["said"][1] == "67 channels equalised, 53 values proved equal" and found["notes"] == ["few"]
-    assert found["said"][2].startswith("without equalised ranges: SQNR")
-    assert evidence.precision({"precision": {"precision": "fp32", "half_io": False}}) is None
+    found = precision.said({"precision": "int8", "quality": quality, "other_quality": other, "notes": ["few"]})
+    cost = "SQNR 31.5 dB, accuracy 84.00% → 83.50% (drop 0.50 points), top-1 agreement 99.00% of 200"
+    equalised = "67 channels equalised, 53 values proved equal"
+    assert found.parts == [cost, "calibrated on 256 samples", equalised] and found.notes == ["few"]
+    assert found.other.startswith("without equalised ranges: SQNR")
+    assert precision.said({"precision": "fp32", "half_io": False}) is None
 
 
 def test_without_a_fold_it_shows_the_training_graph(tmp_path):

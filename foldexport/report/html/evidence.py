@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foldexport.precision.quality import Quality
-from foldexport.precision.types import HALF
 from foldexport.report.html.charts import Line, bars, chart, number
 from foldexport.report.words import milliseconds, size
 
@@ -66,32 +64,6 @@ def _noise_row(label: str, multiple: Any, text: str) -> dict[str, Any]:
     value = _float(multiple)
     said = text if value is None else f"{value:.2g}×, {text}"
     return {"label": label, "value": value, "text": said, "good": value is None or value <= WARN}
-
-
-def precision(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a type of fewer digits cost, in the words of the console; None for float32."""
-    found = record.get("precision") or {}
-    if found.get("quality"):
-        one, other = (Quality.from_dict(found[name]) if found[name] else None for name in ("quality", "other_quality"))
-        said = [f"{one}, calibrated on {one.calibration_samples} samples"]
-        if one.equalised_groups:
-            said.append(f"{one.equalised_groups} channels equalised, {one.proved_values} values proved equal")
-        if other is not None:
-            said.append(f"{'without' if one.equalised_groups else 'with'} equalised ranges: {other}")
-        return {"type": "int8", "said": said, "single": {}, "notes": found["notes"]}
-    if "layers_in_type" not in found:
-        return None
-    name, multiple = found["precision"], found["rounding"]["multiples"]["folded"]["multiple"]
-    said = [f"{found['layers_in_type']} of {found['layers']} layers in {HALF[name].label}"]
-    said[0] += "" if multiple is None else f", {_float(multiple):.1f}× {name} noise of the unfolded network"
-    if found["groups_rescaled"]:
-        low, high = found["exponents"]
-        said.append(f"{found['groups_rescaled']} groups of values rescaled by 2^{low} to 2^{high}, "
-                    f"{found['values_proved']} values proved equal")  # fmt: skip
-    peaks = (number(_float(found[f"largest_{what}"])) for what in ("weight", "activation"))
-    said.append("largest weight {}, activation {} (of {})".format(*peaks, number(HALF[name].largest)))
-    said += [f"without care: {each['what']} of {each['layer']} {each['problem']}" for each in found["misfits_before"]]
-    return {"type": name, "said": said, "single": found["float32_layers"], "notes": []}
 
 
 def artifacts(record: Mapping[str, Any]) -> list[dict[str, Any]]:

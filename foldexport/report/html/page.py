@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from foldexport.report import precision
 from foldexport.report.html import evidence, sections
 from foldexport.report.html.picture import picture
 
@@ -32,7 +33,7 @@ def page(document: Mapping[str, Any]) -> str:
     return _render(
         "study.html", head=sections.heading(record), costs=sections.costs(record),
         picture=picture(document["graph"], record["ledger"]), folded=sections.folded(record), kept=sections.kept(record),
-        proof=evidence.proof(record), rounding=evidence.rounding(record), precision=evidence.precision(record),
+        proof=evidence.proof(record), rounding=evidence.rounding(record), precision=precision.said(record.get("precision") or {}),
         artifacts=evidence.artifacts(record), weights=evidence.weights(document), signal=evidence.signal(document),
         ledger=sections.ledger(record), again=sections.reproduce(document),
     )  # fmt: skip
