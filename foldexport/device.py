@@ -93,7 +93,7 @@ def with_device(module: Any, device: str) -> Any:
     import torch
     from torch import fx
 
-    if not isinstance(module, fx.GraphModule) or not any(names_device(node) for node in module.graph.nodes):
+    if not isinstance(module, fx.GraphModule) or not any(named_in(node) for node in module.graph.nodes):
         return module
     graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
@@ -103,14 +103,14 @@ def with_device(module: Any, device: str) -> Any:
     return fx.GraphModule(module, graph).eval()
 
 
-def names_device(node: Any) -> bool:
-    """Whether a node of a graph has a device among its arguments."""
+def named_in(node: Any) -> list[Any]:
+    """The devices among the arguments of a node of a graph."""
     import torch
     from torch import fx
 
-    found: list[bool] = []
-    fx.node.map_aggregate((node.args, node.kwargs), lambda each: found.append(isinstance(each, torch.device)))
-    return any(found)
+    found: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda each: found.append(each))
+    return [each for each in found if isinstance(each, torch.device)]
 
 
 def product_precision() -> str:

@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from foldexport.device import named_in
 from foldexport.trace.calling import Inputs, arranged
 from foldexport.trace.constants import known
 from foldexport.trace.forward import Plain, Untraceable, Watch, under
@@ -190,9 +191,7 @@ def _refuse_unknown_sizes(program: ExportedProgram) -> None:
 
 def _uses_gpu(program: ExportedProgram) -> bool:
     """Whether an operator of the graph makes a tensor on another device than the CPU, as ``x.cuda()`` does."""
-    devices = {leaf for node in program.graph.nodes for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
-               if isinstance(leaf, torch.device)}  # fmt: skip
-    return any(device.type not in ("cpu", "meta") for device in devices)
+    return any(device.type not in ("cpu", "meta") for node in program.graph.nodes for device in named_in(node))
 
 
 def _is_about_values(error: Exception) -> bool:

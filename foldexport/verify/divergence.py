@@ -72,7 +72,7 @@ def clause(
     if place is None and missing:
         layers = ", ".join(f"`{layer}`" for layer in list(dict.fromkeys(name.rpartition(".")[0] or name for name in missing))[:3])
         return f"of {layers}, though no inner value shows it"
-    return described(place, HALF.get(unit), missing) if place is not None else "no inner value stands out: rounding adds up"
+    return described(place, HALF.get(unit), missing) if place is not None else "no inner value stands out"
 
 
 def failing(

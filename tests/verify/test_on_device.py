@@ -155,7 +155,7 @@ def test_tensors_that_a_graph_makes_itself_are_made_there():
             return x * torch.arange(4.0, device=torch.device("cpu")) * self.scale
 
     module = fx.symbolic_trace(Makes())
-    if not any(device.names_device(node) for node in module.graph.nodes):  # traced to a constant
+    if not any(device.named_in(node) for node in module.graph.nodes):  # traced to a constant
         node = next(each for each in module.graph.nodes if each.op == "call_function")
         with module.graph.inserting_before(node):
             made = module.graph.call_function(torch.arange, (4.0,), {"device": torch.device("cpu")})

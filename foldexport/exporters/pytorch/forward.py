@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from foldexport.device import names_device
+from foldexport.device import named_in
 from foldexport.errors import UsageError
 from foldexport.exporters.pytorch.calls import BINARY, Text, call, is_method
 from foldexport.exporters.pytorch.layers import constructor, declared, functional, literal
@@ -81,7 +81,7 @@ class _Writer:
     def _forward(self) -> None:
         last = {node: max((self.lines_of[user] for user in node.users if user in self.lines_of), default=-1) for node in
                 self.module.graph.nodes}  # fmt: skip
-        if any(map(names_device, self.nodes)):  # that of the first input, whose name is then given to no other value
+        if any(map(named_in, self.nodes)):  # that of the first input, whose name is then given to no other value
             last[next(node for node in last if node.op == "placeholder")] = len(self.nodes)
         holders: dict[str, fx.Node] = {str(name): node for node, name in self.named.items() if node.op == "placeholder"}
         for place, node in enumerate(self.nodes):
