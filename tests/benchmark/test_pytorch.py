@@ -107,7 +107,8 @@ def test_what_a_graph_makes_itself_is_made_on_the_device_too(tmp_path):
     """The device of the trace stands in the graph, where Module.to does not reach."""
     x = torch.randn(2, 3, 6, 6)
     folded = foldexport.fold(Makes().eval(), x)
-    path, _ = transport.save(folded.module, (x,), tmp_path / "net", free_batch=True)
+    path, why = transport.save(folded.module, (x,), tmp_path / "net", free_batch=True)
+    assert not why and path.suffix == ".torch"  # the module itself, whose calls cost what the unfolded one's do
     moved = runtimes._module(path, "meta")
     assert moved(torch.zeros(5, 3, 6, 6, device="meta")).device.type == "meta"
 

@@ -12,6 +12,7 @@ from foldexport.errors import EquivalenceError
 from foldexport.exporters import scales
 from foldexport.exporters.tensorrt import network
 from foldexport.exporters.tensorrt.network import prove, weights
+from foldexport.exporters.tensorrt.profile import Profile
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.fold.rebuild import in_dtype
 from foldexport.zoo.preresnet import preresnet
@@ -81,7 +82,8 @@ def test_clamps_that_onnxruntime_gets_otherwise_are_proved_as_they_were_written(
     rtx()
     folded = foldexport.fold(randomise(preresnet(8, width=4), 0), torch.randn(2, 3, 32, 32))
     assert folded.counts_after["clamp"]
-    made = foldexport.export(folded, "tensorrt", tmp_path / "net.engine")
+    batches = Profile(*(((each, 3, 32, 32),) for each in (1, 2, 4)))
+    made = foldexport.export(folded, "tensorrt", tmp_path / "net.engine", profile=batches)
     same, total = made.comparison.weights_identical
     assert made.comparison.ok and same == total and "no SCALE layer" in " ".join(made.comparison.instead)
 

@@ -33,6 +33,7 @@ class MakesItsOwn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(self.conv(x))
         positions = torch.arange(y.shape[-1], device=y.device, dtype=y.dtype) + self.table
+        y = y + torch.ones(y.shape[0], 1, 1, 1, device=y.device)  # of the batch, so that no fold makes it a constant
         mask = torch.ones(y.shape[-2], device=y.device).cumsum(0) > 3
         y = torch.where(mask[:, None], y, torch.zeros_like(y)) * positions
         return nn.functional.interpolate(y.relu(), scale_factor=2.0).mean((2, 3))
