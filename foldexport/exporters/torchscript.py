@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from foldexport.device import IEEE, full_float32
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import archive, sizes, torchscript_inner
+from foldexport.exporters import archive, sizes, torchscript_inner, torchscript_trace
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import as_array
@@ -148,7 +148,11 @@ def _trace(module: nn.Module, example: tuple) -> torch.jit.ScriptModule:
     try:
         with full_float32(), cudnn, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.jit.trace(module, example, check_trace=False, strict=False)
+            traced = torch.jit.trace(torchscript_trace.sizes_recorded(module), example, check_trace=False, strict=False)
+            torchscript_trace.devices_of_input(traced)
+            return traced
+    except UsageError:
+        raise
     except Exception as error:  # the tracer passes on whatever the module's forward or its own C++ raised
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
