@@ -93,8 +93,9 @@ def fold(
     seconds: dict[str, float] = {}
     tell("trace")
     with _timed(seconds, "trace"):
-        graph = trace(module, example)
-        graph.dynamic.update({axis: True for axis in free if axis in ("height", "width")})
+        space = [axis for axis in free if axis in ("height", "width")]
+        graph = trace(module, example, free=space)
+        graph.dynamic.update(dict.fromkeys(space, True))
         check_deterministic(graph)
         check_finite(graph)
     dtype = weights_dtype(graph)

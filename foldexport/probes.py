@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,7 +78,8 @@ class Slot:
 
 
 def make(graph: Graph, *, seed: int = 0, data: Sequence | None = None) -> list[Probe]:
-    """The probes of a certificate: the decisive one first, batches of three and of one, and a second spatial size.
+    """The probes of a certificate: the decisive one first, batches of three and of one, and a second spatial size; an odd one too
+    where height or width are free.
 
     Above `HUGE_SAMPLE` the special ones and the batch of three have a quarter of the example's height and width.
     data: the user's own inputs, one array per input of the network with the batch first; at most four samples are used.
@@ -100,11 +101,25 @@ def make(graph: Graph, *, seed: int = 0, data: Sequence | None = None) -> list[P
                 Probe(full.name, _draw(slots, one, full.name, seed, resized), optional=True, resized=True, instead=full)
                 for full in special
             ]
-        special = [second, *special] if huge else [*special, second]
+        odd = _odd_size(graph, slots, resized, seed)
+        special = [second, *odd, *special] if huge else [*special, second, *odd]
     probes += special
     if data is not None:
         probes.append(Probe("data", _user_inputs(graph, slots, data)))
     return probes
+
+
+def first_sample(graph: Graph, probe: Probe) -> Probe:
+    """The probe cut to its first sample, where the network's batch is free."""
+    slots = _slots(graph)
+    if _batch_size(graph, slots, 1) is None:
+        return probe
+    traced = _traced_batch(slots)
+    values = list(probe.inputs)
+    for place, slot in enumerate(slots):
+        for axis in slot.batch_axes:
+            values[place] = values[place].narrow(axis, 0, slot.example.shape[axis] // traced)
+    return replace(probe, inputs=tuple(values))
 
 
 def noise_probes(graph: Graph, *, seed: int = 0, first: Probe | None = None) -> list[Probe]:
@@ -149,6 +164,21 @@ def _other_size(example: Tensor, large: bool, huge: bool) -> tuple[int, ...] | N
     if not huge or example.dim() < 3:
         return second_size(example, large)
     return tuple(size // 128 * 32 + 32 * place if size >= 256 else size for place, size in enumerate(example.shape[2:]))
+
+
+def _odd_size(graph: Graph, slots: list[Slot], even: Sequence[tuple[int, ...] | None], seed: int) -> list[Probe]:
+    """Odd heights and widths, where padding and halving go another way, if those are free and the network takes them.
+
+    A network that adds what it halved and doubled does not.
+    """
+    from foldexport.trace.elsewhere import takes
+
+    if not _dynamic_space(graph) or graph.module is None:
+        return []
+    odd = [tuple(max(1, size - 1 + size % 2) for size in sizes) if sizes else None for sizes in even]
+    inputs = _draw(slots, _batch_size(graph, slots, 1), "normal", seed + 1, odd)
+    given = [value.to(slot.example.dtype) if slot.is_float else value for slot, value in zip(slots, inputs, strict=True)]
+    return [Probe("odd size", inputs, resized=True)] if takes(graph.module, tuple(given)) else []
 
 
 def is_huge(graph: Graph) -> bool:

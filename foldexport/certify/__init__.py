@@ -200,7 +200,7 @@ class _Proof:
         """The local certificate on one probe, then the whole folded network; whether the probe was taken."""
         certificate = self.certificate
         run = Lockstep(self.schedule, probe.inputs, self._outputs.watch)
-        resized = probe.optional or probe.name == "second size"
+        resized = probe.optional or probe.resized
         try:
             findings, peaks = findings_on(run, probe, self.schedule)
             untraced = self._disagreement(probe) if resized else ""

@@ -8,6 +8,7 @@ a file made on a CPU would mix devices on a GPU.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,34 @@ from foldexport.errors import UsageError
 
 SIZE = torch.ops.aten.sym_size.int
 SLICE = torch.ops.aten.slice.Tensor
+
+
+def larger(one: Any, other: Any) -> Tensor:
+    """``max(one, other)`` of two sizes, as the tensors that a trace takes them for."""
+    return torch.maximum(_tensor(one), _tensor(other))
+
+
+def smaller(one: Any, other: Any) -> Tensor:
+    """``min(one, other)`` of two sizes."""
+    return torch.minimum(_tensor(one), _tensor(other))
+
+
+def ceiling(size: Any) -> Tensor:
+    """``math.ceil`` of a quotient of sizes."""
+    return torch.ceil(_tensor(size))
+
+
+def floor(size: Any) -> Tensor:
+    """``math.floor`` of a quotient of sizes."""
+    return torch.floor(_tensor(size))
+
+
+def _tensor(size: Any) -> Tensor:
+    return size if isinstance(size, Tensor) else torch.tensor(size)
+
+
+#: What a graph computes sizes with, beside Python's operators, that would give a number where a trace needs a tensor.
+OF_SIZES = {torch.sym_max: larger, torch.sym_min: smaller, math.ceil: ceiling, math.floor: floor}
 
 
 def sizes_recorded(module: nn.Module) -> nn.Module:
@@ -39,7 +68,9 @@ def sizes_recorded(module: nn.Module) -> nn.Module:
             sizes.add(node)
         if node.target is SIZE:
             copy.op, copy.target = "call_method", "size"
-        elif node not in sizes and not sizes.isdisjoint(node.all_input_nodes):
+        elif node in sizes:
+            copy.target = _of_sizes(node)
+        elif not sizes.isdisjoint(node.all_input_nodes):
             _through_python(copy)
     graph.output(fx.node.map_arg(node.args[0], copies.__getitem__))
     return fx.GraphModule(module, graph, type(module).__name__)
@@ -70,6 +101,13 @@ def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
         return True
     read = node.all_input_nodes
     return bool(read) and node.op == "call_function" and sizes.issuperset(read) and not _is_aten(node.target)
+
+
+def _of_sizes(node: fx.Node) -> Callable:
+    target = OF_SIZES.get(node.target, node.target)
+    if target is not node.target or getattr(target, "__module__", "") == operator.add.__module__:
+        return target
+    raise UsageError(f"torchscript: sizes are computed with {target}, which a trace does not record; use onnx or pt2.")
 
 
 def _is_aten(target: Any) -> bool:

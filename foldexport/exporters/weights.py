@@ -45,7 +45,7 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     A tensor whose name is in the file must be there; one that is not may go by any name, since writers merge equal
     tensors and rename those that they transpose. Either way its bits must be the same, in its own order of elements or
     with two axes exchanged (``[out, in]`` stored as ``[in, out]``). A half may be stored as the float32 of the same value:
-    some formats have no half biases.
+    some formats have no half biases. A bias of zeros may be absent, which writers leave out because nothing is added either way.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in found.items() if value.dtype.kind not in "OSU"}
     held = {name: digest(value) for name, value in arrays.items()}
@@ -53,7 +53,8 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     missing = []
     for name, value in expected.items():
         allowed = {held[name]} if name in held else everything
-        if not any(each in allowed for each in digests(value)):
+        dropped = name not in held and name.rpartition(".")[2] == "bias" and not bool(value.any())
+        if not dropped and not any(each in allowed for each in digests(value)):
             missing.append(name)
     return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
 

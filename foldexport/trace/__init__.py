@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ from foldexport.trace.calling import (
 )
 from foldexport.trace.explain import FIRST_LINE, first_line, untraceable
 from foldexport.trace.exporting import Exported, Failed, export, is_too_deep, quiet
+from foldexport.trace.floors import by_positive_numbers
 from foldexport.trace.forward import Untraceable
 from foldexport.trace.functional import functionalize
 from foldexport.trace.kept import kept
@@ -75,11 +76,14 @@ class Graph:
     raw: Raw | None = None
 
 
-def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: bool = True) -> Graph:
+def trace(
+    module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: bool = True, free: Collection[str] = ()
+) -> Graph:
     """Traces module, in eval mode, on example; the module is not changed.
 
     example: the inputs of ``forward``, by position; those that it takes by keyword come last. dynamic: ask for a symbolic
-    batch axis; ``Graph.dynamic`` says whether the network allowed it.
+    batch axis; free: "height", "width" where those are to be symbolic too, so that sizes which the network reads are operators of
+    the graph and no numbers. ``Graph.dynamic`` says which of them the network allowed.
 
     Raises ModelError (train mode, another result at each call), UsageError (example is no tensor, either is on a GPU, or the
     network does not run on it) and TraceError (it cannot be traced), with the user's names and source line.
@@ -93,20 +97,21 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...], *, dynamic: b
     _refuse_lazy(network)
     _refuse_gpu(network, inputs)
     try:
-        return _traced(network, inputs, dynamic)
+        return _traced(network, inputs, dynamic, free)
     except Exception as error:
         if not is_too_deep(error) or isinstance(error, FoldexportError):
             raise
     _refuse_too_deep(network, inputs)
-    return _in_thread(lambda: _traced(network, inputs, dynamic))
+    return _in_thread(lambda: _traced(network, inputs, dynamic, free))
 
 
-def _traced(module: nn.Module, inputs: Inputs, dynamic: bool) -> Graph:
+def _traced(module: nn.Module, inputs: Inputs, dynamic: bool, free: Collection[str]) -> Graph:
     keywords = keywords_of(module, len(inputs))
+    space = [axis for axis in free if axis in ("height", "width")]
     with kept(module) as drawn:
         answer_hidden_methods(module)
         unscript_parts(module)
-        exported = export(module, inputs, keywords, dynamic, lambda: _plain(module, inputs, keywords))
+        exported = export(module, inputs, keywords, dynamic, lambda: _plain(module, inputs, keywords), space)
         if isinstance(exported, Failed):
             raise untraceable(module, exported) from exported.errors[0][1]
         graph = _graph(module, exported, keywords)
@@ -123,8 +128,9 @@ def _graph(module: nn.Module, exported: Exported, keywords: tuple[str, ...]) -> 
     names = [node.target for node in graph.find_nodes(op="placeholder")]
     called = ByKeyword(module, keywords) if keywords else module
     found = Graph(
-        graph, tensors, names, program.call_spec.out_spec, exported.used, {"batch": exported.batched}, called, exported.notes
+        graph, tensors, names, program.call_spec.out_spec, exported.used, {}, called, exported.notes
     )
+    found.dynamic.update({"batch": "batch" in exported.symbolic} | dict.fromkeys(exported.symbolic, True))
     return named_as_before(found, module)
 
 
@@ -257,6 +263,7 @@ def _functional_graph(
     results = {at for at, spec in enumerate(signature.output_specs) if spec.kind == OutputKind.USER_OUTPUT}
     constants, tensors = weights_of(program)
     graph = functionalize(program.graph_module, names, constants, results)
+    by_positive_numbers(graph)
     used = {node.target for node in graph.find_nodes(op="get_attr")}
     return graph, {name: tensor for name, tensor in tensors.items() if name in used}
 

@@ -4,7 +4,8 @@
     constants     the same, and Python gets the values of what depends on weights only (constants.py)
     strict        Dynamo reads the user's bytecode
 
-Each at a symbolic batch, then at the example's own.
+Each at a symbolic batch, then at the example's own; the way that works once more with heights and widths symbolic, where those
+are to be free.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from foldexport.device import named_in
 from foldexport.trace.calling import Inputs, arranged
@@ -32,6 +34,10 @@ from foldexport.trace.forward import Plain, Untraceable, Watch, under
 from foldexport.trace.user_code import Place, last_user_frame, names_of, place_of
 
 Shapes = tuple[dict[int, Dim], ...]
+
+#: A height that must be a multiple of 32 is a condition of the graph; by default torch.export refuses the symbol.
+CONDITIONS = {"prefer_deferred_runtime_asserts_over_guards": True}
+FEW = 16  # pixels: a least size at or below it is what strides and windows ask for, and no news
 
 
 class UnknownSize(Exception):
@@ -44,14 +50,14 @@ class UnknownSize(Exception):
 
 @dataclass(eq=False)
 class Exported:
-    """An exported program, the inputs it was traced at, whether its batch is symbolic.
+    """An exported program, the inputs it was traced at, the axes that are symbolic: any of "batch", "height", "width".
 
     notes: what tracing fixed or left out. changed: names of attributes that forward changes.
     """
 
     program: ExportedProgram
     used: Inputs
-    batched: bool
+    symbolic: frozenset[str]
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
@@ -86,12 +92,18 @@ def is_too_deep(error: BaseException) -> bool:
 
 
 def export(
-    module: nn.Module, inputs: Inputs, keywords: tuple[str, ...], dynamic: bool, plain: Callable[[], Any]
+    module: nn.Module,
+    inputs: Inputs,
+    keywords: tuple[str, ...],
+    dynamic: bool,
+    plain: Callable[[], Any],
+    space: Collection[str] = (),
 ) -> Exported | Failed:
     """The first way that works. plain: runs the network itself, once the first way has failed; raises where it fails too.
 
-    A network that fixes its batch (``x.view(4, -1)``, ``if len(x) > 4``) breaks the promise of ``Dim("batch")``, which
-    torch.export reports; ``Dim.AUTO`` would narrow the axis silently.
+    space: "height", "width" where those are to be symbolic. A network that fixes its batch (``x.view(4, -1)``,
+    ``if len(x) > 4``) breaks the promise of ``Dim("batch")``, which torch.export reports; ``Dim.AUTO`` would narrow the axis
+    silently.
     """
     attempts = _attempts(inputs, dynamic)
     errors: list[tuple[str, Exception]] = []
@@ -116,7 +128,10 @@ def export(
                 plain()  # tensors without values go to a GPU that is not there; the network's own do not
             if dynamic and shapes is None and used[0].ndim:
                 notes[f"the batch is fixed at {used[0].shape[0]}{fixed}"] = None
-            return Exported(program, used, shapes is not None, list(notes), watch.changed)
+            symbolic = ["batch"] * (shapes is not None)
+            spaced = _with_space(way, module, used, shapes, keywords, space, notes, watch)
+            found = [*symbolic, *space] if spaced is not None else symbolic
+            return Exported(spaced or program, used, frozenset(found), list(notes), watch.changed)
         errors.append((way, failed[-1]))
         if len(errors) == 1 and _registered(plain()):
             ways.insert(1, "free")
@@ -128,6 +143,56 @@ def _attempts(inputs: Inputs, dynamic: bool) -> list[tuple[Inputs, Shapes | None
     found: list[tuple[Inputs, Shapes | None]] = [_batched(inputs, share) for share in (True, False)] if dynamic else []
     found = [a for at, a in enumerate(found) if any(a[1] or ()) and a[1] not in [b[1] for b in found[:at]]]
     return [*found, (inputs, None)]
+
+
+def _with_space(
+    way: str,
+    module: nn.Module,
+    inputs: Inputs,
+    shapes: Shapes | None,
+    keywords: tuple[str, ...],
+    space: Collection[str],
+    notes: dict[str, None],
+    watch: Watch,
+) -> ExportedProgram | None:
+    """The trace that worked once more, with heights and widths of images symbolic too; None, and a note, where that fails.
+
+    torch.export finds the range that the network takes. Its batch has been seen to be free, or not, before.
+    """
+    places = {"height": -2, "width": -1}
+    wanted = tuple(
+        axes | {value.ndim + places[name]: Dim.DYNAMIC for name in sorted(space)} if value.ndim >= 4 else axes
+        for value, axes in zip(inputs, shapes or ({},) * len(inputs))
+    )
+    if not space or wanted == shapes:
+        return None
+    call, axes, failed = arranged(inputs, keywords), _named(module, wanted, keywords), None
+    for how in ({}, CONDITIONS):
+        try:
+            program = _exported(way, module, call, axes, {}, watch, **how)
+            _refuse_unknown_sizes(program)
+        except Exception as error:  # torch.export raises whatever the network, dynamo or sympy raised
+            if is_too_deep(error):
+                raise
+            failed = failed or error
+            continue
+        notes |= dict.fromkeys(_limits(program, wanted))
+        return program
+    notes[f"heights and widths are numbers of the graph{_why_fixed(module, failed, watch)}"] = None
+    return None
+
+
+def _limits(program: ExportedProgram, shapes: Shapes) -> Iterator[str]:
+    """The sizes that the way taken through the network is for, where they are not all from `FEW` on."""
+    inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs]
+    for node, axes in zip(inputs, shapes):
+        for axis in sorted(set(axes) - {0}):
+            size = node.meta["val"].shape[axis]
+            known = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if known is None or (known.lower <= FEW and known.upper == int_oo):
+                continue
+            end = "on" if known.upper == int_oo else f"to {known.upper}"
+            yield f"the graph is for {'widths' if axis == node.meta['val'].ndim - 1 else 'heights'} from {known.lower} {end}"
 
 
 def _batched(inputs: Inputs, share: bool) -> tuple[Inputs, Shapes]:
@@ -154,16 +219,16 @@ def _named(module: nn.Module, shapes: Shapes | None, keywords: tuple[str, ...]) 
 
 
 def _exported(
-    way: str, module: nn.Module, call: tuple[tuple, dict], shapes: Any, notes: dict[str, None], watch: Watch
+    way: str, module: nn.Module, call: tuple[tuple, dict], shapes: Any, notes: dict[str, None], watch: Watch, **how: bool
 ) -> ExportedProgram:
-    """One trace. notes, watch: filled with what was fixed, left out and seen."""
+    """One trace. notes, watch: filled with what was fixed, left out and seen. how: options of torch.export."""
     args, kwargs = call
     with quiet(), _without_hooks_of_its_own():
         if way == "strict":
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=True)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=True, **how)
         mode = known(module, names_of(module), notes) if way == "constants" else Plain
         with under(module, mode, watch), torch.compiler.set_stance("force_eager"):
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False, **how)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     x.data              →  x.detach()       a write through it reaches x, as in eager mode
     x.data = y          →  x.copy_(y)
     copy.deepcopy(x)    →  x.clone()
+    F.avg_pool2d(x, x.shape[2:])  →  x.mean((2, 3), keepdim=True)       whole_pool.py
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from foldexport.trace.kept import Saved
 from foldexport.trace.user_code import is_users
+from foldexport.trace.whole_pool import WHOLE
 
 
 class Untraceable(Exception):
@@ -71,6 +73,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.data.__get__: torch.Tensor.detach,
     Tensor.data.__set__: _set_data,
     Tensor.__deepcopy__: _deep_copy,
+    **WHOLE,
 }
 
 

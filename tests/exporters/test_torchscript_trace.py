@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,14 @@ def folded(network: type[Stem]) -> foldexport.Folded:
     return foldexport.fold(randomise(network(), seed=1, example=EXAMPLE), EXAMPLE)
 
 
+def on_meta(path: Path) -> Tensor:
+    """What the file gives on PyTorch's meta device, which TorchScript of PyTorch before 2.13 has no convolutions for."""
+    try:
+        return torch.jit.load(str(path), map_location="meta")(EXAMPLE.to("meta"))
+    except NotImplementedError as error:
+        pytest.skip(f"torch.jit of PyTorch {torch.__version__}: {str(error).splitlines()[-1][:80]}")
+
+
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda each: each.__name__)
 def test_the_batch_stays_free(network, tmp_path):
     artifact = foldexport.export(folded(network), "torchscript", tmp_path / "net.torchscript.pt")
@@ -85,16 +95,14 @@ def test_without_the_readings_the_proof_fails(network, monkeypatch, tmp_path):
 def test_every_tensor_is_made_where_the_input_is(network, tmp_path):
     """PyTorch's meta device stands for a GPU: its operators refuse tensors of another device as CUDA's do."""
     foldexport.export(folded(network), "torchscript", tmp_path / "net.torchscript.pt")
-    loaded = torch.jit.load(str(tmp_path / "net.torchscript.pt"), map_location="meta")
-    assert loaded(EXAMPLE.to("meta")).device.type == "meta"
+    assert on_meta(tmp_path / "net.torchscript.pt").device.type == "meta"
 
 
 def test_a_device_that_is_fixed_is_seen_there(monkeypatch, tmp_path):
     monkeypatch.setattr(torchscript_trace, "devices_of_input", lambda traced: None)
     foldexport.export(folded(Makes), "torchscript", tmp_path / "net.torchscript.pt")
-    loaded = torch.jit.load(str(tmp_path / "net.torchscript.pt"), map_location="meta")
     with pytest.raises(RuntimeError, match="device"):
-        loaded(EXAMPLE.to("meta"))
+        on_meta(tmp_path / "net.torchscript.pt")
 
 
 def test_a_graph_without_sizes_is_traced_as_it_is():

@@ -181,7 +181,8 @@ def _behind_upsample(fold: Fold, node: fx.Node, pending: Pending, conv: Conv) ->
     early = fold.emit(node, "conv", [small], suffix="_early", conv=_absorbed(conv, pending, 1), shared=None,
                       shape=(small.shape[0], channels, *small.shape[2:]), dynamic=small.dynamic)  # fmt: skip
     early.reads = 1
-    late = fold.emit(stored.node, "pool", [early], suffix="_late", call=stored.attrs["call"], shape=shape_of(node),
+    sizes = stored.inputs[1:]  # that the network reads while it runs
+    late = fold.emit(stored.node, "pool", [early, *sizes], suffix="_late", call=stored.attrs["call"], shape=shape_of(node),
                      space=stored.attrs["space"], keeps_constants=True)  # fmt: skip
     late.reads, late.node, late.module, late.op = fold.analysis.reads.get(node, 1), node, stored.module, stored.op
     entry = fold.ledger.note(node, fold.label(node), "exchange with upsampling")
