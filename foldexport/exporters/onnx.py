@@ -165,6 +165,10 @@ def _with_opset(options: ExportOptions) -> ExportOptions:
     return replace(options, opset=options.opset or onnx_types.OLDEST_BFLOAT16)
 
 
+#: What torch.export says of a symbolic axis that a network makes a number of.
+FIXED = ("user-specified ranges", "Constraints violated", "inconsistencies were found")
+
+
 def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir.Model:
     """The graph as torch.onnx writes it, at the asked opset or at the oldest that it writes."""
     axes = tuple(options.dynamic_axes(value.shape) if isinstance(value, Tensor) else None for value in example)
@@ -181,7 +185,7 @@ def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir
             )
     except torch.onnx.OnnxExporterError as error:
         cause = _root_cause(error)
-        if "user-specified ranges" in cause or "Constraints violated" in cause:
+        if any(words in cause for words in FIXED):
             axes = " or ".join(options.dynamic)
             raise UsageError(
                 f"onnx: the network fixes its {axes} at the example's size: leave it out of --dynamic."

@@ -69,6 +69,6 @@ def _axes(example: Sequence[Tensor], options: ExportOptions) -> tuple[dict[int, 
 
 def _refusal(name: str, error: Exception, options: ExportOptions) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if "Constraints violated" in str(error) or "specialized" in str(error):
+    if any(words in str(error) for words in ("Constraints violated", "specialized", "inconsistencies were found")):
         return f"{name}: the network fixes its {' or '.join(options.dynamic)} at the example's size: leave it out of --dynamic."
     return f"{name}: torch.export cannot take this network: {lines[0][:300]}"
