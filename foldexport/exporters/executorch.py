@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, executorch_file, scales
+from foldexport.exporters import asked, executorch_file, executorch_rewrites, places, scales
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted
@@ -48,7 +48,9 @@ class ExecuTorchExporter:
         free, path, fixed = "batch" in options.dynamic, Path(path), ""
         with torch.no_grad():
             outputs = len(pytree.tree_leaves(module(*example)))
-        path.write_bytes(_lowered(module, asked.at_batch(example, MAX_BATCH) if free else tuple(example), free))
+        at = asked.at_batch(example, MAX_BATCH) if free else tuple(example)
+        module, content = _written(module, at, free, apart=options.precision == "fp32")  # squares of halves overflow
+        path.write_bytes(content)
         if free:
             fixed = self._not_resized(path, example)
         if fixed:
@@ -137,8 +139,37 @@ class ExecuTorchExporter:
         return f"ExecuTorch {importlib.metadata.version('executorch')}{f' in batches of {self._batches[0]}' if alone else ''}"
 
 
+def _written(module: nn.Module, example: tuple, free: bool, apart: bool) -> tuple[nn.Module, bytes]:
+    """The module as it is written, and its program. apart: its norms are taken apart where they can be."""
+    better = executorch_rewrites.rewritten(module, apart)
+    if better is not module:
+        try:
+            return better, _program(better, example, free)
+        except RuntimeError:  # ExecuTorch cannot divide every graph; the proof then judges its own kernels
+            pass
+    return module, _lowered(module, example, free)
+
+
 def _lowered(module: nn.Module, example: tuple, free: bool) -> bytes:
     """The program of a module. Raises UsageError for one that torch.export or ExecuTorch refuses."""
+    try:
+        return _program(module, example, free)
+    except RuntimeError as error:
+        reason = str(error)
+
+    def fails(alone: nn.Module, given: tuple) -> bool:
+        try:
+            _program(alone, given, False)
+        except RuntimeError:
+            return True
+        return False
+
+    place = places.culprit(module, example, reason, fails) or "this network"
+    raise UsageError(f"executorch: cannot write {place}: {reason.rstrip('.;')}; export to onnx or pt2.")
+
+
+def _program(module: nn.Module, example: tuple, free: bool) -> bytes:
+    """Raises RuntimeError with the reason."""
     with silenced() as said, torch.no_grad():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -151,6 +182,4 @@ def _lowered(module: nn.Module, example: tuple, free: bool) -> bytes:
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # torch.export and ExecuTorch's passes share no base class of their errors
             reason = said.reason(error)
-    raise UsageError(f"executorch: cannot write this network: {reason}; export to onnx or pt2.")
-
-
+    raise RuntimeError(reason)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters import asked, litert_file, litert_inner, litert_rewrites, scales, sizes
+from foldexport.exporters import asked, litert_batches, litert_file, litert_inner, litert_rewrites, places, sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
@@ -55,8 +55,9 @@ class LiteRTExporter:
         free, path, single = "batch" in options.dynamic, Path(path), litert_rewrites.closed(widened(module))
         given = tuple(value.float() for value in (asked.at_batch(example, 1) if free else example))
         _write(single, given, path, options.precision == "fp16")
+        self._require_runs(path, single, given)
         fixed = self._not_resized(path, single, asked.at_batch(given, 3)) if free else ""
-        if fixed and litert_file.free_reshapes(path, plain := path.read_bytes()):
+        if fixed and litert_batches.free(path, plain := path.read_bytes()):
             fixed = self._not_resized(path, single, asked.at_batch(given, 3))
             if fixed:
                 path.write_bytes(plain)
@@ -133,8 +134,9 @@ class LiteRTExporter:
         return found, inputs, outputs
 
     def suited(self, module: nn.Module) -> nn.Module:
-        """The module with no statistics among the weights of batch norms that only scale, which a file does not keep."""
-        return scales.without_statistics(module)
+        """The module without what a file does not keep: statistics of batch norms that only scale, γ of ones and β of zeros, and
+        what constants are computed from."""
+        return litert_rewrites.suited(module)
 
     def weights(self, path: str | Path) -> dict[str, np.ndarray]:
         """Every constant of the file, in PyTorch's order of elements."""
@@ -159,6 +161,27 @@ class LiteRTExporter:
         version = importlib.metadata.version("ai-edge-litert")
         return f"LiteRT in batches of {self._batch}, {version}" if self._batch else f"LiteRT {version}"
 
+    def _require_runs(self, path: Path, module: nn.Module, inputs: tuple) -> None:
+        """Raise UsageError, with the operator, for a file that the converter has written and LiteRT does not take."""
+        try:
+            self.interpreter(path)
+            return
+        except EquivalenceError as error:
+            reason = str(error).partition("refuses the file: ")[2]
+
+        def fails(alone: nn.Module, given: tuple) -> bool:
+            try:
+                _convert(alone, given, path)
+                self.interpreter(path)
+            except (RuntimeError, EquivalenceError):
+                return True
+            return False
+
+        place = places.culprit(module, inputs, "", fails)
+        path.unlink(missing_ok=True)
+        what = f"what litert-torch writes for {place}" if place else "what litert-torch writes for this network"
+        raise UsageError(f"litert: {self.runtime()} does not take {what}: {reason.rstrip('.')}; export to onnx.")
+
     def _not_resized(self, path: Path, module: nn.Module, inputs: tuple) -> str:
         """Why the file does not compute what the module does on inputs of another size; empty where it does."""
         with torch.no_grad():
@@ -168,7 +191,7 @@ class LiteRTExporter:
         shapes = ", ".join("x".join(map(str, array.shape)) for array in arrays)
         try:
             found = _run(*self.interpreter(path, [array.shape for array in arrays]), arrays)
-        except ValueError as error:
+        except (ValueError, EquivalenceError) as error:
             return f"LiteRT does not resize it to {shapes}: {error}"
         return "" if all(map(_close, found, wanted)) else f"resized to {shapes} it computes something else"
 
@@ -189,6 +212,26 @@ def _resizes(resized: Callable, alone: Callable, arrays: Sequence[np.ndarray]) -
 
 def _write(module: nn.Module, example: tuple, path: Path, half: bool) -> None:
     """Raises UsageError for what litert-torch cannot convert."""
+    try:
+        _convert(module, example, path, half)
+        return
+    except RuntimeError as error:
+        reason = PLACE.sub("", str(error))
+
+    def fails(alone: nn.Module, given: tuple) -> bool:
+        try:
+            _convert(alone, given, path)
+        except RuntimeError:
+            return True
+        return False
+
+    place = places.culprit(module, example, reason, fails) or "this network"
+    path.unlink(missing_ok=True)
+    raise UsageError(f"litert: litert-torch cannot convert {place}: {reason.rstrip('.')}; export to onnx.")
+
+
+def _convert(module: nn.Module, example: tuple, path: Path, half: bool = False) -> None:
+    """Raises RuntimeError with the reason."""
     with silenced() as said, torch.no_grad():
         import litert_torch
 
@@ -199,7 +242,7 @@ def _write(module: nn.Module, example: tuple, path: Path, half: bool) -> None:
             return
         except Exception as error:  # torch.export, MLIR and the converter raise whatever their passes raise
             reason = said.reason(error)
-    raise UsageError(f"litert: litert-torch cannot convert this network: {PLACE.sub('', reason)}; export to onnx.")
+    raise RuntimeError(reason)
 
 
 def _halve(path: Path) -> None:

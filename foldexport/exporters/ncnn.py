@@ -20,7 +20,7 @@ from torch import nn
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, ncnn_clamps, ncnn_file, ncnn_inner, sizes
+from foldexport.exporters import asked, ncnn_clamps, ncnn_file, ncnn_inner, places, sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.ncnn_file import ARRAY_KEY, UNREAD, Blob, Layer, Unreadable
 from foldexport.exporters.options import ExportOptions
@@ -165,10 +165,11 @@ def _converted(module: nn.Module, example: tuple, folder: Path, options: ExportO
         raise UsageError(f"ncnn: pnnx cannot convert this network: {reason}; export to onnx.")
     left = sorted({layer.kind for layer in ncnn_file_layers(param) if FOREIGN.match(layer.kind)})
     if left:
-        raise UsageError(f"ncnn: has no {', '.join(left)}: export to onnx, or take the operator out of the network.")
+        raise UsageError(f"ncnn: has no {places.named(module, left)}: export to onnx, or take the operator out of the network.")
     unread = sorted({layer.kind for layer in ncnn_file_layers(param) if layer.kind in UNREAD})
     if unread:
-        raise UsageError(f"ncnn: keeps the weights of its {', '.join(unread)} in an order that cannot be compared: export to onnx.")
+        its = places.named(module, unread)
+        raise UsageError(f"ncnn: keeps the weights of its {its} in an order that cannot be compared: export to onnx.")
     return param, binary
 
 

@@ -5,6 +5,7 @@ Outputs alone do not show a wrong weight: in a deep network an error in an early
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,18 +46,27 @@ def match_weights(expected: Mapping[str, Tensor], found: Mapping[str, np.ndarray
     A tensor whose name is in the file must be there; one that is not may go by any name, since writers merge equal
     tensors and rename those that they transpose. Either way its bits must be the same, in its own order of elements or
     with two axes exchanged (``[out, in]`` stored as ``[in, out]``). A half may be stored as the float32 of the same value:
-    some formats have no half biases. A bias of zeros may be absent, which writers leave out because nothing is added either way.
+    some formats have no half biases. A bias of zeros may be absent, which writers leave out because nothing is added either way;
+    not where the file has an array of its length that is none of the module's.
     """
     arrays = {name: np.ascontiguousarray(value) for name, value in found.items() if value.dtype.kind not in "OSU"}
     held = {name: digest(value) for name, value in arrays.items()}
     everything = set(held.values())
     missing = []
+    strange = functools.cache(lambda: _strange(expected, arrays, held))
     for name, value in expected.items():
         allowed = {held[name]} if name in held else everything
-        dropped = name not in held and name.rpartition(".")[2] == "bias" and not bool(value.any())
-        if not dropped and not any(each in allowed for each in digests(value)):
-            missing.append(name)
+        if not any(each in allowed for each in digests(value)):
+            zero = name not in held and name.rpartition(".")[2] == "bias" and not bool(value.any())
+            if not zero or value.numel() in strange():
+                missing.append(name)
     return WeightMatch(len(expected) - len(missing), len(expected), tuple(missing))
+
+
+def _strange(expected: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], held: Mapping[str, bytes]) -> set[int]:
+    """Lengths of the floating arrays of a file that are no tensor of the module."""
+    known = {each for value in expected.values() for each in digests(value)}
+    return {value.size for name, value in arrays.items() if value.dtype.kind == "f" and held[name] not in known}
 
 
 def digests(value: Tensor) -> Iterator[bytes]:

@@ -216,10 +216,52 @@ def test_ncnn_names_the_operator_that_it_lacks(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Refused(nn.Module):
+    """A network with one function somewhere inside."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Sequential(Apply(function)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+class Apply(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(8, 8, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x))
+
+
+@pytest.mark.parametrize("name, function, message", [
+    ("litert", torch.lgamma, r"litert-torch cannot convert `body\.1\.0` \(lgamma\): .*aten\.lgamma.*; export to onnx"),
+    ("litert", lambda x: torch.topk(x, 3, 1)[0], r"does not take what litert-torch writes for `body\.1\.0` \(topk\): .*_SORT"),
+    ("litert", lambda x: torch.fft.rfft2(x).abs(), r"litert-torch cannot convert `body\.1\.0` \(fft_rfft2\): Only 1D FFT"),
+    ("ncnn", torch.lgamma, r"has no torch\.lgamma \(`body\.1\.0`\): export to onnx"),
+    ("ncnn", lambda x: _heads(x), r"torch\.unbind \(`body\.1\.0`\)"),
+    ("executorch", torch.lgamma, r"cannot write `body\.1\.0` \(lgamma\): Operator .*aten\.lgamma"),
+], ids=["litert-lgamma", "litert-topk", "litert-fft", "ncnn-lgamma", "ncnn-unbind", "executorch-lgamma"])  # fmt: skip
+def test_a_refusal_names_the_module_and_the_operator(name, function, message, tmp_path):
+    need(name)
+    folded = foldexport.fold(Refused(function).eval(), (torch.zeros(1, 3, 8, 8),), certify=False)
+    with pytest.raises(UsageError, match=message) as refused:
+        foldexport.export(folded, name, tmp_path / f"net{exporters.get(name).suffix}")
+    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
+def _heads(x: Tensor) -> Tensor:
+    """Queries and keys of two heads, [N, 8, …] → [N, 2, L, L], with the batch on the second axis in between."""
+    queries, keys = x.flatten(2).transpose(1, 2).reshape(x.shape[0], -1, 2, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return queries @ keys.transpose(-2, -1)
+
+
 def test_litert_says_which_batch_a_file_keeps(tmp_path):
-    """A transposed convolution keeps the batch that it was written with, whatever the interpreter is resized to."""
+    """What is taken apart along another axis than the batch keeps it, whatever the interpreter is resized to."""
     exporter = need("litert")
-    notes = exporter.export(Layers().eval(), (torch.zeros(1, 3, 12, 12),), tmp_path / "net.tflite")
+    notes = exporter.export(Refused(_heads).eval(), (torch.zeros(1, 3, 12, 12),), tmp_path / "net.tflite")
     assert notes["batch"] == 1 and "computes something else" in notes["fixed"]
     run = exporter.load(tmp_path / "net.tflite")
     run(np.ones((3, 3, 12, 12), np.float32))

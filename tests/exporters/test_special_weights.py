@@ -99,3 +99,10 @@ def test_only_a_bias_may_be_absent():
     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     assert match_weights(expected_weights(layer), {"weight": np.zeros((4, 3, 1, 1), np.float32)}).ok
     assert match_weights(expected_weights(layer), {"bias": np.ones(4, np.float32)}).missing == ("weight", "bias")
+
+
+def test_another_array_in_its_place_is_no_absence():
+    layer = nn.Conv2d(3, 4, 1)
+    nn.init.zeros_(layer.bias)
+    held = {"weight": layer.weight.numpy(force=True), "val_3": np.full(4, 1e-30, np.float32)}
+    assert match_weights(expected_weights(layer), held).missing == ("bias",)
