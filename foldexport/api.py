@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foldexport.certify import Certificate
 from foldexport.certify import certify as prove
+from foldexport.certify.alone import refuse_other_way
 from foldexport.certify.rounding import HOPELESS
 from foldexport.errors import EquivalenceError, ModelError
 from foldexport.exporting import export, in_precision
@@ -30,6 +31,7 @@ from foldexport.fold.wishes import MAX_SIGMA
 from foldexport.interpret import random_nodes
 from foldexport.probes import further_noise_probes, make, noise_probes
 from foldexport.trace import Graph, trace
+from foldexport.trace.outputs import output_names
 
 __all__ = ["Folded", "export", "fold", "in_precision", "load"]
 
@@ -113,6 +115,8 @@ def fold(
                     graph, rebuilt.program, probes, noise_probes=noise, further_noise=further_noise_probes(graph, seed=seed),
                     module=graph.module, progress=progress,
                 )  # fmt: skip
+            if certificate.trace:
+                refuse_other_way(graph, probes, certificate.noise32 or 0.0)
             certificate.require()
             largest = extremes(rebuilt.program, certificate.largest)
             if max_sigma and certificate.folded32 is not None and certificate.folded32 > RETRY_ABOVE:
@@ -212,9 +216,10 @@ def check_deterministic(graph: Graph) -> None:
     if not found:
         return
     names = ", ".join(f"`{node.meta.get('module') or node.name}` ({name_of(node)})" for node in list(found)[:5])
-    raise ModelError(
-        f"the network is random in eval mode: {names}. Pass `training=self.training` to F.dropout, or remove the operator"
-    )
+    advice = "Draw only where self.training is true, or pass the numbers as an input"
+    if all("dropout" in name_of(node) for node in found):
+        advice = "Pass `training=self.training` to F.dropout, or remove it"
+    raise ModelError(f"the network is random in eval mode: {names}. {advice}")
 
 
 def check_finite(graph: Graph) -> None:
@@ -251,4 +256,7 @@ def count_operators(graph: Graph) -> dict[str, int]:
 
 
 def _output_names(folded: FoldedGraph) -> list[str]:
+    own = output_names(folded.graph)
+    if own is not None and len(own) == len(folded.outputs):
+        return list(own)
     return ["output"] if len(folded.outputs) == 1 else [f"output_{i}" for i in range(len(folded.outputs))]

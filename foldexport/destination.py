@@ -10,9 +10,18 @@ from pathlib import Path
 
 from foldexport.artifact import check_destination
 from foldexport.errors import UsageError
-from foldexport.exporters import Format, named
+from foldexport.exporters import FORMATS, Format, named
 
 MANIFEST_SUFFIX = ".manifest.json"
+#: What users end the file of a format with, beside its own suffixes.
+MEANT = {
+    "torchscript": (".pt", ".pth", ".ts", ".jit", ".torchscript"),
+    "tensorrt": (".plan", ".trt"),
+    "openvino": (".ir", ".bin"),
+    "ncnn": (".param", ".bin"),
+    "coreml": (".mlmodel",),
+}
+STRICT = ("pytorch", "coreml")  # formats whose files are opened by the suffix of their name alone
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Destination:
 def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format]) -> Destination:
     """``NAME.onnx``, … and ``NAME.manifest.json``: beside the checkpoint, in the folder or at the file ``output``.
 
-    ``output`` is a folder where it is one, ends with a separator or has no suffix; such a folder may be made. Raises
-    UsageError for a file that is to hold several formats, or that is named as another format is.
+    ``output`` is a folder unless it ends as the files of a format do; such a folder may be made. Raises UsageError for a file
+    that is to hold several formats, or that is named as another format is.
     """
     name = checkpoint.stem.removesuffix(".pth")  # net.pth.tar, as PyTorch's ImageNet example saves
     if output is None:
@@ -45,18 +54,37 @@ def plan(checkpoint: Path, output: Path | str | None, formats: Sequence[Format])
         raise UsageError(
             f"-o {path} names one file, but {len(formats)} formats are asked for ({asked}): name a folder."
         )
-    other = named(path)
-    if other is not None and other is not formats[0]:
-        raise UsageError(f"-o {path} is named as {other.name}, but --to asks for {formats[0].name}.")
+    owners = _owners(path)
+    if not owners:
+        right = f"NAME{formats[0].suffix}"
+        raise UsageError(f"-o {path} is a file, and not named as {formats[0].name} is: name a folder, or a file {right}.")
+    if formats[0].name not in owners:
+        raise UsageError(f"-o {path} is named as {' or '.join(owners)}, but --to asks for {formats[0].name}.")
+    require_suffix(path, formats[0])
     suffix = formats[0].suffix
     base = path.name.removesuffix(suffix) if path.name.endswith(suffix) else path.stem
     return Destination((path,), path.with_name(f"{base}{MANIFEST_SUFFIX}"), (formats[0].beside(path),))
 
 
 def is_folder(output: Path | str) -> bool:
-    """Whether ``output`` is a folder, or is named as one that may be made: without a suffix, or as ``v1.0`` is."""
-    text, suffix = str(output), Path(output).suffix
-    return text.endswith((os.sep, "/")) or Path(text).is_dir() or not any(map(str.isalpha, suffix))
+    """Whether ``output`` is a folder, or is named as one that may be made: as no format's files are, ``build.release``."""
+    text, path = str(output), Path(output)
+    return text.endswith((os.sep, "/")) or path.is_dir() or not (_owners(path) or path.is_file())
+
+
+def _owners(path: Path) -> list[str]:
+    """The formats whose files end as this name does: the one by its own suffix, else those that users mean by it."""
+    row = named(path.name.lower())
+    if row is not None:
+        return [row.name]
+    return [name for name in FORMATS if path.name.lower().endswith(MEANT.get(name, ()))]
+
+
+def require_suffix(path: str | Path, row: Format) -> None:
+    """Raise UsageError for a name by which the format's file cannot be opened again."""
+    if row.name in STRICT and not Path(path).name.endswith(row.suffix):
+        right = Path(path).with_suffix(row.suffix)
+        raise UsageError(f"{path}: files of {row.name} end with {row.suffix}, for example {right}.")
 
 
 def _in_folder(folder: Path, name: str, formats: Sequence[Format]) -> Destination:

@@ -31,15 +31,17 @@ def require(device: str) -> None:
 
 
 def why_not(device: str) -> str:
-    """Why PyTorch cannot compute on ``device``, in the driver's own words; empty where it can."""
+    """Why PyTorch cannot compute on ``device``, in the driver's words, or in PyTorch's where it is that; empty where it can."""
     if kind(device) == "cpu":
         return ""
     import torch
 
+    from foldexport.benchmark import environment
+
     try:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:  # what PyTorch raises without CUDA in it, and without a driver
-        return str(error).strip().splitlines()[0].rstrip(".")
+        return environment.no_gpu() or str(error).strip().splitlines()[0].rstrip(".")
     return ""
 
 

@@ -72,13 +72,15 @@ def export(
     path, what the format cannot write), MissingDependencyError, PrecisionError (the file is not in the asked precision), and
     EquivalenceError, with nothing written, where the proof fails.
     """
-    from foldexport import artifact, exporters, samples
+    from foldexport import artifact, destination, exporters, samples
     from foldexport import device as devices
     from foldexport.exporters.options import ExportOptions
     from foldexport.precision import quantised
+    from foldexport.trace.outputs import output_names as own_names
     from foldexport.verify import on_device, require
 
     row = exporters.get(format)
+    destination.require_suffix(path, row)
     exporters.require_writable(row)
     devices.require(device)
     exporter = exporters.exporter(row)
@@ -89,7 +91,7 @@ def export(
     names = [None if given is None else tuple(given) for given in (input_names, output_names)]
     options = ExportOptions(
         *names, opset=opset, dynamic=free if dynamic is None else tuple(dynamic), precision=precision, half_io=half_io,
-        tensorrt=tensorrt, profile=profile,
+        tensorrt=tensorrt, profile=profile, own_outputs=own_names(folded.graph),
     )  # fmt: skip
     example = tuple(value.float() if value.is_floating_point() else value for value in folded.example)
     for name, given in (("labels", labels), ("max_drop", max_drop)):
@@ -211,12 +213,16 @@ def _arrays(data: Data | None, preprocessing: Mapping[str, Any]) -> list[np.ndar
 
 
 def _as_arrays(data: Any) -> list[np.ndarray]:
+    from foldexport import samples
+
     several = data if isinstance(data, list | tuple) else [data]
     found = [each.numpy(force=True) if isinstance(each, Tensor) else np.asarray(each) for each in several]
     for each in found:
         if each.dtype.kind not in "biuf" or each.ndim == 0 or not len(each):
             found = f"a {each.dtype} array of shape {list(each.shape)}"
             raise UsageError(f"data: holds {found}; wanted an array of numbers per input, batch first")
+    for place, each in enumerate(found):
+        samples.require_finite(f"data: array {place}", each)
     return [each.astype(np.float32) if each.dtype.kind == "f" else each for each in found]
 
 

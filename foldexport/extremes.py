@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+ABSURD = 1e6  # a magnitude from which on a weight may be no weight, and times the median of its tensor
+FEWEST = 3  # values of a tensor that have a median
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from foldexport.fold.rebuild import Program
 
 
@@ -50,6 +55,25 @@ def extremes(program: Program, activation: Peak) -> Extremes:
         if tensor.is_floating_point() and tensor.numel():
             weight = weight.or_larger(tensor, name.rpartition(".")[0] or name)
     return Extremes(weight, activation)
+
+
+@torch.no_grad()
+def absurd(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """A sentence for every tensor in which single values are a million times larger than most: a bit that flipped, or overflow.
+
+    All that is proved of such a network holds, and its outputs are hardly what it was trained for.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.numel() < FEWEST or _peak(tensor) < ABSURD:
+            continue
+        values = tensor.detach().abs().flatten()
+        usual, peak = float(values[values > 0].median()), _peak(tensor)
+        wrong = (values > ABSURD * usual) & (values >= ABSURD)
+        count = int(wrong.sum())
+        if 0 < count <= max(1, len(values) // 100):
+            place = torch.unravel_index(values.argmax(), tensor.shape)
+            at, more = ", ".join(str(int(each)) for each in place), f" ({count} such values)" if count > 1 else ""
+            yield f"`{name}` holds {peak:.3g} at [{at}], {peak / usual:.1g} times the median of its values{more}: is it damaged?"
 
 
 def _peak(tensor: Tensor) -> float:

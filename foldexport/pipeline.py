@@ -24,6 +24,7 @@ from foldexport.precision.prepare import Prepared, prepare
 from foldexport.precision.quantised import Quantised
 from foldexport.precision.types import HALF, PRECISIONS
 from foldexport.study import Clock, Progress, Question, Study, study
+from foldexport.trace.outputs import output_names
 from foldexport.verify import Comparison, Tolerance, on_device, require
 from foldexport.verify.reference import Reference, reference
 
@@ -246,6 +247,7 @@ def _reduced(order: Order, question: Question, found: Study, clock: Clock) -> Pr
             found.graph, found.refold() if found.refold else None, HALF[order.precision], module=found.module,
             inputs=[inputs for inputs, _ in found.certificate.references] if found.certificate else (),
             data=found.data or (), seed=question.seed, half_io=order.half_io, keep=order.keep_fp32,
+            known_range=bool(found.network.preprocessing.get("mean") and found.network.preprocessing.get("std")),
         )  # fmt: skip
 
 
@@ -298,7 +300,7 @@ def _options(order: Order, found: Study) -> ExportOptions:
     if order.profile is not None:
         shapes = [tuple(value.shape) for value in found.example]
         order.profile.check(options.names("input", len(shapes)), shapes, dynamic)
-    return dataclasses.replace(options, tensorrt=order.tensorrt, profile=order.profile)
+    return dataclasses.replace(options, tensorrt=order.tensorrt, profile=order.profile, own_outputs=output_names(found.graph))
 
 
 def _own_options(row: Format, order: Order, options: ExportOptions) -> ExportOptions:

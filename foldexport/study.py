@@ -20,12 +20,13 @@ from foldexport import api, costs, normalise, preprocessing, samples
 from foldexport.certify import Certificate
 from foldexport.costs import Costs
 from foldexport.errors import UsageError
-from foldexport.extremes import Extremes
+from foldexport.extremes import Extremes, absurd
 from foldexport.fold.constants import Constants
 from foldexport.fold.ledger import Ledger
 from foldexport.fold.rebuild import Program, in_dtype
 from foldexport.recognise import Network, recognise
 from foldexport.trace import Graph, trace
+from foldexport.trace.rejected import OtherType
 from foldexport.verify.golden import golden_inputs
 
 Progress = Callable[[str], None]
@@ -117,9 +118,24 @@ def study(question: Question, clock: Clock) -> Study:
         example = example_inputs(network, question, data, raw)
         if raw is not None:
             network.module = normalise.normalized(network.module, example, raw)
-    found = _folded(network, example, data, question, clock) if question.fold else _plain(network, example, data, clock)
+    with _of_data(question.data if data is not None else None):
+        found = _folded(network, example, data, question, clock) if question.fold else _plain(network, example, data, clock)
     _name_classes(found, names, question)
     return found
+
+
+@contextmanager
+def _of_data(path: Path | None) -> Iterator[None]:
+    """Inputs of a type that the network does not take are told of by the name of their file. Raises UsageError."""
+    try:
+        yield
+    except OtherType as error:
+        if path is None:
+            raise
+        raise UsageError(
+            f"--data {path}: {path.name} is {error.found}; the network takes {error.wanted}: save it as {error.wanted}, "
+            "scaled as in training."
+        ) from error
 
 
 def _settled(network: Network, question: Question) -> tuple[tuple[str, ...], normalise.Raw | None]:
@@ -131,6 +147,8 @@ def _settled(network: Network, question: Question) -> tuple[tuple[str, ...], nor
     if names:
         preprocessing.require_names(names, network.num_classes, f"--class-names {question.class_names}")
     shapes = question.input_shapes or network.input_shapes
+    if question.data is not None and question.data.is_dir() and len(shapes) == 1 and len(shapes[0]) == 4:
+        network.preprocessing.setdefault("input_size", tuple(shapes[0][1:]))
     network.notes += preprocessing.settle(
         network.preprocessing, shapes, mean=question.mean, std=question.std, asked=bool(question.input_shapes)
     )
@@ -162,7 +180,7 @@ def _folded(network: Network, example: tuple, data: list | None, question: Quest
         progress=clock.tell,
     )  # fmt: skip
     clock.seconds |= folded.seconds
-    network.notes += folded.graph.notes
+    network.notes += [*folded.graph.notes, *absurd(folded.graph.tensors)]
     with clock.stage("count"):
         before = costs.of_graph(folded.graph, network.module, folded.counts_before)
         after = costs.of_module(folded.module, folded.graph.example, folded.counts_after)
@@ -179,7 +197,7 @@ def _plain(network: Network, example: tuple, data: list | None, clock: Clock) ->
         api.check_deterministic(graph)
         api.check_finite(graph)
         before = costs.of_graph(graph, network.module, api.count_operators(graph))
-    network.notes += graph.notes
+    network.notes += [*graph.notes, *absurd(graph.tensors)]
     wide = api.weights_dtype(graph) != torch.float32
     module = copy.deepcopy(graph.module).float() if wide else graph.module
     _take_by_position(module, len(example))
@@ -241,7 +259,19 @@ def _require_same_shapes(shapes: tuple, data: list[np.ndarray], path: Path | Non
     found = ["x".join(map(str, array.shape[1:])) for array in data]
     if wanted != found:
         seen, known = ", ".join(found), ", ".join(wanted)
+        _require_same_channels(shapes, data, f"--data {path}: samples are {seen}, the network's input is {known}")
         raise UsageError(f"--data {path}: samples are {seen}, the network's input is {known}; pass --input-shape.")
+
+
+def _require_same_channels(shapes: tuple, data: list[np.ndarray], said: str) -> None:
+    """Raise UsageError where images have another number of channels, which no --input-shape changes."""
+    for shape, array in zip(shapes, data, strict=False):
+        if len(shape) == array.ndim > 2 and shape[1] != array.shape[1]:
+            raise UsageError(f"{said}: the network takes images of {_channels(shape[1])}, these have {array.shape[1]}.")
+
+
+def _channels(count: int) -> str:
+    return "1 channel" if count == 1 else f"{count} channels"
 
 
 def evaluated_weights(graph: Graph) -> dict[str, int]:

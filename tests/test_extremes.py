@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import foldexport
+from foldexport.extremes import absurd
 from tests.statistics import randomise
 
 
@@ -41,3 +42,19 @@ def test_the_range_of_a_trunk_is_centred():
     folded = foldexport.fold(module, torch.randn(2, 3, 8, 8))
     assert "mul" not in folded.counts_after
     assert folded.extremes.weight.value < 2**10
+
+
+def test_a_single_absurd_weight_is_named_with_its_place():
+    torch.manual_seed(0)
+    weight = torch.randn(16, 8, 3, 3)
+    alike = {"a": weight, "b": weight * 1e9, "c": torch.zeros(9), "d": torch.full((9,), 1e20), "e": torch.tensor(1e20)}
+    assert not list(absurd(alike))
+    weight[3, 1, 0, 2] = -3e30
+    (said,) = absurd({"fine": torch.randn(50), "conv.weight": weight})
+    assert "`conv.weight` holds 3e+30 at [3, 1, 0, 2]" in said and "damaged" in said
+
+
+def test_many_large_values_are_a_mask_and_no_accident():
+    mask = torch.where(torch.arange(100) % 2 == 0, 1e9, 0.1)
+    assert not list(absurd({"mask": mask}))
+    assert list(absurd({"few": torch.where(torch.arange(400) < 2, 1e9, 0.1)}))[0].count("(2 such values)") == 1

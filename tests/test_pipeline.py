@@ -144,9 +144,29 @@ def test_names_come_from_the_checkpoint(name):
     assert found.artifacts == (Path("runs/net.onnx"),) and found.manifest == Path("runs/net.manifest.json")
 
 
-@pytest.mark.parametrize("output", ["out/v1.0", "out/2026.11.21", "out/v1"])
-def test_a_version_is_no_suffix(output, tmp_path):
+@pytest.mark.parametrize("output", ["out/v1.0", "out/2026.11.21", "out/v1", "out/build.release", "out/trt61.5G", "out/net.fp16"])
+def test_what_ends_as_no_format_does_is_a_folder(output, tmp_path):
     assert plan(Path("net.pth"), tmp_path / output, resolve("onnx")).artifacts == (tmp_path / output / "net.onnx",)
+
+
+@pytest.mark.parametrize(("output", "format"), [("net.pt", "ts"), ("net.plan", "trt"), ("net.ONNX", "onnx"), ("a.b.py", "pytorch")])
+def test_a_format_s_own_suffix_is_a_file(output, format, tmp_path):
+    assert plan(Path("net.pth"), tmp_path / output, resolve(format)).artifacts == (tmp_path / output,)
+
+
+@pytest.mark.parametrize(
+    ("output", "format", "said"),
+    [("net.pt", "onnx", "named as torchscript"), ("net.bin", "onnx", "named as openvino or ncnn"), ("a.xml", "ort", "openvino")],
+)
+def test_a_file_named_as_another_format_is_refused(output, format, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        plan(Path("net.pth"), tmp_path / output, resolve(format))
+
+
+def test_python_source_is_named_so(tmp_path):
+    folded = foldexport.fold(nn.Conv2d(3, 2, 1).eval(), torch.randn(1, 3, 4, 4), certify=False)
+    with pytest.raises(UsageError, match=r"a\.pytorch: files of pytorch end with \.py, for example .*a\.py"):
+        foldexport.export(folded, "pytorch", tmp_path / "a.pytorch")
 
 
 # ---- networks of other kinds

@@ -60,10 +60,17 @@ def gpu_findings(readings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def load_findings(load_average: float | None, cores: int, threads: int) -> list[str]:
-    """About other work on the machine, from the load average before the measurement began."""
-    if load_average is None or load_average + threads <= cores + 0.5:
-        return []
-    return [f"load average {load_average:.1f} on {cores} cores before it began: other work ran on this machine"]
+    """About other work on the machine, from the load average before the measurement began, and more threads than cores."""
+    found = []
+    if threads > cores:
+        found.append(f"{threads} threads on {_cores(cores)} take turns, which is slower than --threads {cores}")
+    if load_average is None or load_average + min(threads, cores) <= cores + 0.5:
+        return found
+    return found + [f"load average {load_average:.1f} on {_cores(cores)} before it began: other work ran on this machine"]
+
+
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def two_levels(values: np.ndarray) -> tuple[float, float, float] | None:

@@ -79,7 +79,7 @@ def benchmark(
 
     runtimes: names of `foldexport.benchmark.runtimes`; None for those that work here. batch: one or several, of which the
     example's is the default. threads: None for every core. seconds: of timing, per runtime and batch. rounds: of each process,
-    in place of seconds. processes: that each measurement is repeated in. level: of the interval.
+    in place of seconds. processes: that each measurement is repeated in. level: at which all intervals hold together.
 
     Every variant is compared with the training graph in float64 before it is timed, in the runtime and at the size that are
     timed. Raises EquivalenceError where one differs, MissingDependencyError for a runtime or device that is not there, and
@@ -153,7 +153,7 @@ def available(wish: Wish) -> tuple[list[Runtime], dict[str, str]]:
     """The runtimes to time, and why the others are not. Raises MissingDependencyError and UsageError for what was asked for."""
     device = wish.settings.device
     if device == "cuda" and (reason := environment.no_gpu()):
-        raise MissingDependencyError(f"--device cuda: {reason}. Install a driver, or run with --device cpu.")
+        raise MissingDependencyError(f"--device cuda: {reason}. Run with --device cpu.")
     for row in wish.runtimes:
         if reason := missing(row, device):
             raise MissingDependencyError(f"{row.name}: {reason}.")
@@ -228,13 +228,14 @@ def _timing(subject: str, board: _Board) -> Timing:
         "load_average": environment.load_average(), "tf32": "off", "gpu": _gpu(settings.device),
         "omp_wait_policy": "PASSIVE", "measured_on": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    return Timing(
+    made = Timing(
         subject, board.measurements, described, board.unavailable, board.notes,
         {
             "threads": settings.threads, "device": settings.device, "seconds": settings.seconds, "rounds": settings.rounds,
             "processes": settings.processes, "level": settings.level, "seed": settings.seed, "rtol": settings.rtol,
         },
     )  # fmt: skip
+    return made.together(settings.level)
 
 
 def _gpu(device: str) -> dict[str, Any] | None:

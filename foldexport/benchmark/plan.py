@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,16 @@ def of_files(
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
-    """Names of files; with their folders where they are alike, and numbered where they are the same file."""
-    names = [path.name for path in paths]
-    if len(set(names)) < len(set(paths)):
-        names = [str(path) for path in paths]
+    """Names of files; with the folders that tell them apart where they are alike, and numbered where they are the same file."""
+    names = [_tail(path, {*paths} - {path}) for path in paths]
     counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return [name if count == 1 else f"{name} ({count})" for name, count in zip(names, counts, strict=True)]
+
+
+def _tail(path: Path, others: Collection[Path]) -> str:
+    """The shortest end of a path, in whole words, that no other ends with."""
+    tails = ("/".join(path.parts[-count:]) for count in range(1, len(path.parts) + 1))
+    return next((tail for tail in tails if not any(f"/{other.as_posix()}".endswith(f"/{tail}") for other in others)), str(path))
 
 
 def beside(path: Path) -> list[Path]:

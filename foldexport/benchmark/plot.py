@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from foldexport import destination
 from foldexport.artifact import staged
-from foldexport.benchmark.timing import Measurement, Timing
+from foldexport.benchmark.timing import NOISY, SAME, Measurement, Timing
 from foldexport.report.plot import FONT, require
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def subtitle(found: Timing) -> str:
     place = (found.environment.get("gpu") or {}).get("name") or found.environment["processor"]
     parts = [place, "1 thread" if first.threads == 1 else f"{first.threads} threads"] if first.device == "cpu" else [place]
     parts += [f"input {first.sizes}"] if len(sizes) == 1 else []
-    return ", ".join([*parts, f"medians, {100 * first.level:g} % intervals over {first.processes} processes"])
+    return ", ".join([*parts, f"medians, {round(100 * first.level, 2):g} % intervals over {first.processes} processes"])
 
 
 def row_names(found: Timing) -> list[str]:
@@ -136,22 +136,29 @@ def _draw_ratios(axes: Any, rows: Sequence[Measurement], places: list[list[float
     _clean(axes, f"times as fast as {baseline if alike and len(baseline) < 30 else 'the baseline'} (more is better)")
     axes.axvline(1.0, color=DARK, linewidth=1.2, zorder=1)
     ends = [1 / LEAST_REACH, LEAST_REACH]
-    drawn = []
+    drawn, noisy = [], []
     for each, heights in zip(rows, places, strict=True):
         for colour, entry, height in zip(_colours(each), each.entries, heights, strict=True):
             if entry.ratio is None:
                 continue
             speed, low, high = 1 / entry.ratio.value, 1 / entry.ratio.high, 1 / entry.ratio.low
+            if entry.ratio.noisy:
+                noisy.append(height)
+                continue
             ends += [low, high]
             drawn.append((height, speed, low, high, colour, entry.ratio.measurable))
     texts = [
-        f"{speed:.2f}×  ({low:.2f} to {high:.2f})" if measurable else f"no measurable difference  ({low:.2f} to {high:.2f})"
+        f"{speed:.2f}×  ({low:.2f} to {high:.2f})" if measurable else f"{SAME}  ({low:.2f} to {high:.2f})"
         for _, speed, low, high, _, measurable in drawn
     ]
     start = min(ends) - 0.06 * (max(ends) - min(ends))
     shares = [min(0.75, CHARACTER_SHARE * (len(text) + 2)) for text in texts]
+    share = CHARACTER_SHARE * (len(NOISY) + 2)
     stops = [(max(row[3], 1.0) - share * start) / (1 - share) for row, share in zip(drawn, shares, strict=True)]
+    stops += [(1.0 - share * start) / (1 - share)] * bool(noisy)
     axes.set_xlim(start, max([*stops, max(ends)]))
+    for height in noisy:  # an interval that says nothing would leave no room for the others
+        axes.annotate(NOISY, (1.0, height), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9.5, color=DARK)
     for text, (height, speed, low, high, colour, measurable) in zip(texts, drawn, strict=True):
         axes.plot([low, high], [height, height], color=colour, linewidth=3, solid_capstyle="butt", zorder=3)
         for end in (low, high):

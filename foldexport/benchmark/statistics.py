@@ -11,7 +11,9 @@ a_si, b_si of round i in process s, measured right after each other in an order 
 
 sd_s is the deviation over the P processes, with everything in it; se_s is the standard error of d_s from a circular block
 bootstrap over the rounds of process s, which keeps P processes that agree by luck from claiming too much; t and z are the
-quantiles of Student's and the normal distribution. Sources: Kalibera
+quantiles of Student's and the normal distribution. One report makes k such comparisons; at the level 1 − (1 − level) / k
+each, all of its intervals hold together with `level` at least, whatever their dependence (Bonferroni; Dunn, Multiple
+Comparisons Among Means, JASA 1961). Sources: Kalibera
 and Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013 (repetition at the highest level that varies); Georges, Buytaert
 and Eeckhout, OOPSLA 2007 (Student's t over process invocations); Mytkowicz et al., ASPLOS 2009 (layout); Politis and Romano
 1992 (circular block bootstrap).
@@ -21,14 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 
 LEVEL = 0.99
 RESAMPLES = 200
-FEWEST_FOR_P99 = 100  # runs
+FEWEST_FOR_P99 = 500  # runs: five of them lie above it; of a hundred one does, which any late run is
+NOISY_ABOVE = 2.0  # the upper end of an interval over the lower one
 FEWEST_UNDISTURBED = 5  # rounds of a process
 
 
@@ -54,10 +57,20 @@ class Ratio:
         """Whether the interval leaves out 1."""
         return not self.low <= 1.0 <= self.high
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the interval holds 1 and is so wide that it says nothing, not that there is no difference."""
+        return not self.measurable and not self.high <= NOISY_ABOVE * self.low
+
+    def at(self, level: float) -> Ratio:
+        """The same measurement with its interval at another level."""
+        reach = _reach(self.between, self.within, self.processes, level)
+        return replace(self, low=self.value * math.exp(-reach), high=self.value * _exp(reach), level=level)
+
 
 @dataclass(frozen=True)
 class Latency:
-    """Of all timed runs of a variant, in milliseconds. p99: None under a hundred runs."""
+    """Of all timed runs of a variant, in milliseconds. p99: None under `FEWEST_FOR_P99` runs."""
 
     median_ms: float
     p90_ms: float
@@ -79,14 +92,22 @@ def ratio(pairs: Sequence[tuple[np.ndarray, np.ndarray]], level: float = LEVEL, 
     count = len(medians)
     within = math.sqrt(sum(median_error(each, generator) ** 2 for each in logs)) / count
     between = float(medians.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    reach = normal(level) * within
-    if count > 1:
-        reach = max(reach, student(level, count - 1) * between)
+    reach = _reach(between, within, count, level)
     centre = float(medians.mean())
     rounds = sum(map(len, logs))
     return Ratio(
         math.exp(centre), math.exp(centre - reach), _exp(centre + reach), level, count, rounds, between, within
     )
+
+
+def together(level: float, comparisons: int) -> float:
+    """The level of each of several intervals that are all to hold with ``level`` (Bonferroni)."""
+    return 1 - (1 - level) / max(1, comparisons)
+
+
+def _reach(between: float, within: float, processes: int, level: float) -> float:
+    reach = normal(level) * within
+    return max(reach, student(level, processes - 1) * between) if processes > 1 else reach
 
 
 def undisturbed(latencies: np.ndarray, disturbed: np.ndarray) -> np.ndarray:

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from foldexport.benchmark import statistics
 from foldexport.benchmark.statistics import Latency, Ratio
 
 SAME = "no measurable difference"
+NOISY = "too noisy to tell"
 
 
 @dataclass(eq=False)
@@ -39,9 +41,11 @@ class Entry:
 
     @property
     def verdict(self) -> str:
-        """ "1.32 times faster", "1.10 times slower", "no measurable difference", or "baseline"."""
+        """ "1.32 times faster", "1.10 times slower", "no measurable difference", "too noisy to tell" or "baseline"."""
         if self.ratio is None:
             return "baseline"
+        if self.ratio.noisy:
+            return NOISY
         if not self.ratio.measurable:
             return SAME
         faster = self.ratio.value < 1
@@ -71,6 +75,7 @@ class Measurement:
     disturbed_rounds: in which a run was taken off its core; left out of the ratios.   load_average: before it began.
     gpu: of every process, `foldexport.benchmark.gpu.reading` when its last round had ended; empty where nothing tells.
     samples_s: per process ``[rounds, variants]``.   findings: what is wrong with the measurement, in sentences.
+    level: of each of its intervals, which is above that of the whole report where that has several (`Timing.comparisons`).
     """
 
     runtime: str
@@ -121,7 +126,10 @@ class Measurement:
 
 @dataclass(eq=False)
 class Timing:
-    """A whole benchmark. unavailable: runtime → why it was not measured.   notes: what the reader should know."""
+    """A whole benchmark. unavailable: runtime → why it was not measured.   notes: what the reader should know.
+
+    All intervals hold together at the level of the settings (`together`).
+    """
 
     subject: str
     measurements: list[Measurement]
@@ -130,9 +138,23 @@ class Timing:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def comparisons(self) -> int:
+        """How many intervals the report has."""
+        return sum(entry.ratio is not None for each in self.measurements for entry in each.entries)
+
+    def together(self, level: float) -> Timing:
+        """The report with every interval at the level at which all of them hold with ``level``."""
+        each_at = statistics.together(level, self.comparisons)
+        for made in self.measurements:
+            made.level = each_at
+            for entry in made.entries:
+                entry.ratio = None if entry.ratio is None else entry.ratio.at(each_at)
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         return {
-            "subject": self.subject, "settings": self.settings, "environment": self.environment,
+            "subject": self.subject, "settings": self.settings, "environment": self.environment, "comparisons": self.comparisons,
             "measurements": [each.to_dict() for each in self.measurements], "unavailable": self.unavailable, "notes": self.notes,
         }  # fmt: skip
 

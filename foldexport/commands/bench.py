@@ -51,7 +51,7 @@ class Batches(click.ParamType):
 @click.option("--rounds", type=int, metavar="N", help="Of each process, in place of --seconds.")
 @click.option("--processes", type=int, default=6, metavar="N",
               help="That every measurement is repeated in, each with memory laid out anew. Default: 6.")
-@click.option("--level", type=float, default=0.99, metavar="P", help="Of the confidence intervals. Default: 0.99.")
+@click.option("--level", type=float, default=0.99, metavar="P", help="At which all intervals hold together. Default: 0.99.")
 @click.option("--baseline", metavar="NAME", help="What the others are compared with. Default: unfolded, or the first file.")
 @click.option("--rtol", type=float, metavar="X", help="Let outputs differ by X of their peak: for files of lower precision.")
 @click.option("--plot", type=FILE, metavar="FILE.png", help="Draw the result.")
@@ -74,7 +74,7 @@ def bench(**options: Any) -> None:
         foldexport bench old.onnx new.onnx
 
     Both are checked against the training graph (files against the first file) before they are timed. They run in turn, in an
-    order drawn for each round, in several processes; a difference is reported only where its 99 % interval leaves out 1.
+    order drawn for each round, in several processes; a difference is reported only where its interval leaves out 1.
     """  # fmt: skip
     from foldexport.report.terminal import Terminal
 

@@ -18,7 +18,7 @@ from foldexport.exporters import FORMATS
 @click.option("--to", "formats", type=Formats(), metavar="FORMAT[,FORMAT…]", required=True,
               help=f"What to write: {', '.join(FORMATS)}; see foldexport formats.")  # fmt: skip
 @click.option("-o", "--output", metavar="PATH",
-              help="A folder, or a file name for one format. Default: beside the checkpoint.")  # fmt: skip
+              help="A folder, or for one format a file with its suffix. Default: beside the checkpoint.")  # fmt: skip
 @click.option("--bundle", type=FILE, metavar="DIR|FILE.zip",
               help="Everything in one folder or zip, with a card and a verify.py that proves it without foldexport.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
@@ -35,7 +35,8 @@ from foldexport.exporters import FORMATS
 @click.option("--opset", type=int, metavar="N", help="Of ONNX. Default: the newest that torch.onnx writes well.")
 @click.option("--input-name", "input_names", metavar="NAME", multiple=True, help="Default: input. Repeat for several.")
 @click.option(
-    "--output-name", "output_names", metavar="NAME", multiple=True, help="Default: output. Repeat for several."
+    "--output-name", "output_names", metavar="NAME", multiple=True,
+    help="Default: output, or the keys of the dict that the network returns. Repeat for several.",
 )
 @click.option(
     "--no-fold", "fold", is_flag=True, flag_value=False, default=True, help="Write the training graph as it is."

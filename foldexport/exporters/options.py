@@ -27,6 +27,7 @@ class ExportOptions:
     precision: of weights and arithmetic in the artifact; the module that an exporter is given is in it already.
     half_io: inputs and outputs are in that precision too.
     tensorrt, profile: how an engine is built, and the shapes that it takes; for tensorrt only.
+    own_outputs: what the network itself calls its outputs, by the keys of what forward returns; where output_names is None.
     """
 
     input_names: tuple[str, ...] | None = None
@@ -37,6 +38,7 @@ class ExportOptions:
     half_io: bool = False
     tensorrt: TensorRTOptions | None = None
     profile: Profile | None = None
+    own_outputs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         unknown = [axis for axis in self.dynamic if axis not in AXES]
@@ -55,6 +57,9 @@ class ExportOptions:
         Raises :class:`UsageError` when the user gave another number of names.
         """
         given = self.input_names if kind == "input" else self.output_names
+        own = self.own_outputs or ()
+        if given is None and kind == "output" and len(own) == count > 0:
+            return self._beside_inputs(own)
         if given is None:
             return [kind] if count == 1 else [f"{kind}_{place}" for place in range(count)]
         if len(given) != count:
@@ -62,6 +67,15 @@ class ExportOptions:
                 f"{len(given)} {kind} names given ({', '.join(given)}), but the network has {count} {kind}s."
             )
         return list(given)
+
+    def _beside_inputs(self, own: Sequence[str]) -> list[str]:
+        """The network's names of its outputs; one that the user gave to an input gets trailing underscores."""
+        found: list[str] = []
+        for name in own:
+            while name in {*(self.input_names or ()), *found}:
+                name += "_"
+            found.append(name)
+        return found
 
     def require_precision(self, format_name: str, supported: Sequence[str] = ("fp32",)) -> None:
         """Raise :class:`PrecisionError` unless the format writes the asked precision."""

@@ -5,14 +5,23 @@ from __future__ import annotations
 import ast
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from foldexport.errors import UsageError
 from foldexport.trace.calling import Inputs, parameters_of
 from foldexport.trace.explain import first_line, headline, whose
 from foldexport.trace.user_code import Place, enclosing, names_of, place_of
 
+_CHANNELS = re.compile(r"expected input\[([\d, ]+)\] to have (\d+) channels, but got (\d+) channels")
 _MISTAKES = (AttributeError, NameError, ImportError, NotImplementedError, KeyError)
+
+
+class OtherType(UsageError):
+    """An input of integers for a network of floats. found, wanted: the types, "uint8" and "float32"."""
+
+    def __init__(self, message: str, found: str, wanted: str) -> None:
+        super().__init__(message)
+        self.found, self.wanted = found, wanted
 
 
 def rejected(module: nn.Module, inputs: Inputs, error: Exception) -> UsageError:
@@ -36,12 +45,34 @@ def rejected(module: nn.Module, inputs: Inputs, error: Exception) -> UsageError:
     if isinstance(error, _MISTAKES):
         return _fails(name, place, type(error).__name__, f"{text}. The network does not run as it stands, traced or not")
     if re.search(r"(Input|same) (d?type|tensor)|expected scalar type|have the same dtype", text):
-        kinds = ", ".join(str(i.dtype).removeprefix("torch.") for i in inputs)
+        kinds = ", ".join(_type(i) for i in inputs)
+        weights = [each for each in module.parameters() if each.is_floating_point()]
+        if weights and not any(i.is_floating_point() for i in inputs):
+            wanted = _type(weights[0])
+            said = f"{text}. The input is {kinds}; the network takes {wanted}: give it that, or cast it in forward"
+            return OtherType(str(_fails(name, place, "types differ", said)), kinds, wanted)
         return _fails(name, place, "types differ", f"{text}. The input is {kinds}: cast it in forward, x.to(self.weight.dtype)")
+    channels = _channels(text, inputs)
+    if channels:
+        said = f"{channels} at {place}" if place is not None else channels
+        return UsageError(f"the network rejects input shape {shapes}: {said}; give it such inputs by --input-shape or --data")
     takes = f"; forward takes {parameters_of(module)}, one --input-shape for each" if _is_about_arguments(error, place) else ""
     where = f" at {place}" + (f" (`{place.code}`)" if place.code else "") if place is not None else ""
     said = text if str(error).strip() else f"{type(error).__name__}"
     return UsageError(f"the network rejects input shape {shapes}: {said}{where}{takes}; pass --input-shape")
+
+
+def _channels(text: str, inputs: Inputs) -> str:
+    """ "it takes 3 channels, this input has 1", where PyTorch's message says so of an input itself."""
+    found = _CHANNELS.search(text)
+    shape = [int(size) for size in found[1].split(",")] if found else []
+    if found is None or not any(list(each.shape) == shape for each in inputs):
+        return ""
+    return f"it takes {found[2]} channels, this input has {found[3]}"
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _fails(name: str, place: Place | None, what: str, why: str) -> UsageError:

@@ -143,3 +143,5 @@ def test_names_of_files_are_told_apart():
     paths = [Path("a/net.onnx"), Path("b/net.onnx"), Path("a/net.onnx")]
     assert plan.distinct(paths) == ["a/net.onnx", "b/net.onnx", "a/net.onnx (2)"]
     assert plan.distinct([Path("a/one.onnx"), Path("b/two.onnx")]) == ["one.onnx", "two.onnx"]
+    assert plan.distinct([Path("/long/way/to/a/net.onnx"), Path("/long/way/to/b/net.onnx")]) == ["a/net.onnx", "b/net.onnx"]
+    assert plan.distinct([Path("net.onnx"), Path("b/net.onnx"), Path("c.ort")]) == ["net.onnx", "b/net.onnx", "c.ort"]

@@ -56,3 +56,9 @@ def test_clocks_and_load_are_told_where_they_matter():
     assert said[0] == "the GPU was held down by heat in 1 of 2 processes" and "between 1500 and 1980 MHz" in said[1]
     assert diagnosis.load_findings(0.3, 2, 2) == [] == diagnosis.load_findings(None, 2, 1)
     assert "load average 3.0 on 2 cores" in diagnosis.load_findings(3.0, 2, 1)[0]
+
+
+def test_more_threads_than_cores_is_said_first():
+    found = diagnosis.load_findings(8.0, 2, 100)
+    assert found[0] == "100 threads on 2 cores take turns, which is slower than --threads 2" and "load average 8.0" in found[1]
+    assert diagnosis.load_findings(0.1, 2, 100) == found[:1] and diagnosis.load_findings(0.1, 2, 2) == []

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from foldexport.benchmark import plot
+from foldexport.benchmark import plot, statistics
 from foldexport.report import bench
+from foldexport.report.html import evidence
 from tests.benchmark.records import measurement, timing
 
 
-def shown(found, **more) -> str:
+def shown(found, width: int = 200, **more) -> str:
     stream = io.StringIO()
-    bench.console(Console(file=stream, width=200, markup=False, highlight=False), found, **more)
+    bench.console(Console(file=stream, width=width, markup=False, highlight=False), found, **more)
     return stream.getvalue()
 
 
@@ -31,6 +32,51 @@ def test_no_difference_is_said_in_these_words():
     made = measurement(ratio=1.0)
     assert made.entries[1].verdict == "no measurable difference" and "no measurable difference (" in shown(timing(made))
     assert measurement(ratio=1.3).entries[1].verdict.endswith("times slower")
+
+
+def noisy():
+    """Three processes that agree on nothing."""
+    made = measurement()
+    made.entries[1].ratio = statistics.ratio([(np.full(9, factor), np.ones(9)) for factor in (0.4, 1.0, 2.5)])
+    return made
+
+
+def test_an_interval_that_says_nothing_is_called_so_with_what_to_do():
+    made = noisy()
+    text, record = shown(timing(made)), bench.document(timing(made))["measurements"][0]["variants"][1]
+    assert "too noisy to tell" in text and "no measurable difference" not in text
+    assert "pass more than --processes 6, or time it on an idle machine" in text
+    assert record["verdict"] == "too noisy to tell" and record["measurable"] is False
+    axes = plot.figure(timing(made, measurement())).axes[1]
+    assert sorted(each.get_text()[:9] for each in axes.texts)[1] == "too noisy" and axes.get_xlim()[1] < 5
+    bars = evidence.latency(json.loads(json.dumps(bench.document(timing(made)))))["groups"][0]["rows"]
+    assert bars[1]["text"] == "too noisy to tell"
+
+
+def test_intervals_of_one_report_hold_together():
+    found = timing(measurement(), measurement("eager"), measurement("openvino"), measurement("compile")).together(0.99)
+    assert found.comparisons == 4 and all(each.level == pytest.approx(0.9975) for each in found.measurements)
+    found.settings["level"] = 0.99
+    text = shown(found)
+    assert "99.75 % interval" in text and "4 intervals at 99.75 % each, so that all hold together with 99 %" in text
+    alone = timing(measurement()).together(0.99)
+    assert found.measurements[0].entries[1].ratio.low < alone.measurements[0].entries[1].ratio.low
+
+
+def test_a_late_percentile_is_told_of_many_runs_only():
+    assert "there were 240" in shown(timing()) and shown(timing()).count("–") >= 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("name", ["folded", "repvgg_cifar10_with_a_longer_name.onnx", "x" * 70 + ".onnx"], ids=len)
+def test_no_name_and_no_heading_is_broken(width, name):
+    made = measurement()
+    made.entries[1].name = name
+    text = shown(timing(made), width=width)
+    table = text[text.index("median ms") :].split("\n\n")[0].splitlines()
+    assert name in text and "99 % interval" in text and "times faster" in text
+    assert all(len(line.rstrip()) <= width for line in table)
+    assert ("left out in" in text) == (width < 101 or len(name) > 25)
 
 
 def test_few_findings_are_shown_and_the_others_counted():

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from foldexport import device
 from foldexport.benchmark import environment, runtimes
 from foldexport.benchmark import gpu as benchmark_gpu
 from foldexport.benchmark.library import Wish, available, settings_of
@@ -53,6 +55,16 @@ def test_a_missing_package_is_said_with_its_install(monkeypatch):
     assert "openvino" in reasons and "openvino" not in [row.name for row in rows]
 
 
+def test_several_missing_packages_are_said_in_the_plural(monkeypatch):
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    assert missing(get("litert"), "cpu").startswith("litert_torch, ai_edge_litert are not installed: pip install")
+
+
+def test_a_runtime_of_gpus_is_not_sent_to_the_cpu(no_gpu):
+    for name in ("cudagraphs", "tensorrt"):
+        assert "--device cpu" not in missing(get(name), "cpu") and "cuInit returned 100" in missing(get(name), "cpu")
+
+
 def test_without_a_compiler_compile_says_so(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "C++ compiler" in missing(get("compile"), "cpu") and not missing(get("eager"), "cpu")
@@ -90,6 +102,16 @@ def test_a_runtime_of_another_device_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(runtimes, "_no_gpu", lambda row: "")
     with pytest.raises(UsageError, match="--device cuda"):
         available(wish("cudagraphs"))
+
+
+def test_every_command_gives_the_driver_s_reason(no_gpu):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    reason = "--device cuda: the NVIDIA driver says: no device (cuInit returned 100). Run with --device cpu."
+    for refuse in (lambda: device.require("cuda"), lambda: available(wish(device="cuda"))):
+        with pytest.raises(MissingDependencyError) as caught:
+            refuse()
+        assert str(caught.value) == reason
 
 
 def test_the_driver_is_asked_for_its_own_words(monkeypatch):

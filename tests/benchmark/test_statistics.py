@@ -99,12 +99,36 @@ def test_student_is_the_table_of_the_textbooks(level, freedom, quantile):
     assert statistics.student(level, freedom) == pytest.approx(quantile, abs=6e-4)
 
 
-def test_quantiles_are_of_all_runs_and_the_hundredth_needs_a_hundred():
-    values = np.arange(1, 101) / 10
+def test_quantiles_are_of_all_runs_and_the_hundredth_needs_five_hundred():
+    values = np.arange(1, 501) / 10
     found = statistics.latency(values)
-    assert (found.median_ms, found.fastest_ms, found.runs) == (pytest.approx(5.05), 0.1, 100)
-    assert found.p90_ms == pytest.approx(9.01) and found.p99_ms == pytest.approx(9.901)
-    assert statistics.latency(values[:99]).p99_ms is None
+    assert (found.median_ms, found.fastest_ms, found.runs) == (pytest.approx(25.05), 0.1, 500)
+    assert found.p90_ms == pytest.approx(45.01) and found.p99_ms == pytest.approx(49.501)
+    assert statistics.latency(values[:499]).p99_ms is None
+
+
+def test_an_interval_at_another_level_is_that_of_the_same_samples():
+    drawn = pairs(1.05, MACHINES["everything"], np.random.default_rng(7))
+    for level in (0.9, 0.9975):
+        wanted, found = statistics.ratio(drawn, level), statistics.ratio(drawn).at(level)
+        assert (found.low, found.high, found.level) == (pytest.approx(wanted.low), pytest.approx(wanted.high), level)
+
+
+def test_several_comparisons_of_one_report_find_nothing_together():
+    """Forty networks against themselves: at 99 % each, a report of them would often claim a difference."""
+    generator, level = np.random.default_rng(10), statistics.together(0.9, 40)
+    assert level == pytest.approx(1 - 0.1 / 40) and statistics.together(0.99, 1) == 0.99
+    reports = [[statistics.ratio(pairs(1.0, MACHINES["layouts"], generator), 0.9) for _ in range(40)] for _ in range(10)]
+    assert sum(any(each.measurable for each in report) for report in reports) > 5
+    assert sum(any(each.at(level).measurable for each in report) for report in reports) <= 3
+
+
+def test_an_interval_that_says_nothing_is_noisy_and_one_that_leaves_out_1_is_not():
+    spread = [(np.full(9, factor), np.ones(9)) for factor in (0.4, 1.0, 2.5)]
+    assert statistics.ratio(spread).noisy and not statistics.ratio(spread).measurable
+    slower = statistics.ratio([(np.full(9, factor), np.ones(9)) for factor in (90.0, 100.0, 140.0)])
+    assert slower.high > 2 * slower.low and slower.measurable and not slower.noisy
+    assert not statistics.ratio(pairs(1.0, MACHINES["layouts"], np.random.default_rng(1))).noisy
 
 
 def test_disturbed_rounds_are_left_out_while_enough_others_are_left():

@@ -178,7 +178,7 @@ def test_the_command_and_verify(tmp_path):
     ran = command.foldexport(*words, "-o", tmp_path / "net.mlpackage")
     assert ran.code == 0, ran.err
     said = " ".join(ran.out.split())
-    assert "– coreml" in said and "✓ coreml" not in said and "not proven here: net.mlpackage (written, not run" in said
+    assert "– coreml" in said and "✓ coreml" not in said and "not proven here: net.mlpackage; verify it" in said
     package, manifest = tmp_path / "net.mlpackage", tmp_path / "net.manifest.json"
     (entry,) = json.loads(manifest.read_text())["artifacts"]
     assert entry["file"] == "net.mlpackage" and entry["comparison"]["proven"] is False

@@ -15,7 +15,7 @@ from foldexport.exporters.tensorrt import driver, layers, messages, timing
 from foldexport.exporters.tensorrt.batches import fitted
 from foldexport.exporters.tensorrt.driver import Gpu
 from foldexport.exporters.tensorrt.modules import NodeModules, onnx_nodes
-from foldexport.exporters.tensorrt.options import TensorRTOptions, compute_capabilities, size_bytes
+from foldexport.exporters.tensorrt.options import TensorRTOptions, compute_capabilities, size_bytes, size_text
 from foldexport.exporters.tensorrt.profile import Profile
 
 
@@ -90,6 +90,19 @@ def test_sizes(text, size):
 def test_sizes_without_a_unit_or_a_number(text):
     with pytest.raises(ValueError, match="wanted a number with its unit"):
         size_bytes(text)
+
+
+def test_sizes_are_said_as_they_are_typed():
+    assert [size_text(size_bytes(each)) for each in ("2GiB", "1KiB", "512MiB", "1000B")] == ["2GiB", "1KiB", "512MiB", "1000B"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"), [("8,6", "8,6: wanted 8.6, with a point"), ("8.x,8.6", "8.x,8.6: wanted a version"), (",", ",: wanted")]
+)
+def test_a_wrong_capability_is_quoted_as_typed(typed, said):
+    with pytest.raises(UsageError) as caught:
+        compute_capabilities(typed)
+    assert f"--compute-capability {said}" in str(caught.value)
 
 
 def test_compute_capabilities():

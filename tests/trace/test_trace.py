@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from foldexport import interpret
 from foldexport.errors import ModelError, TraceError, UsageError
 from foldexport.trace import bound, trace
+from foldexport.trace.rejected import OtherType
 from tests.eager import Function, assert_functional, assert_same_as_eager, operators
 from tests.statistics import randomise
 
@@ -251,8 +252,14 @@ def test_an_example_that_is_no_tensor(example):
 
 
 def test_a_shape_that_the_network_rejects():
-    with pytest.raises(UsageError, match=r"rejects input shape 1x4x32x32: .*to have 3 channels.*pass --input-shape"):
+    with pytest.raises(UsageError, match=r"rejects input shape 1x4x32x32: it takes 3 channels, this input has 4.*by --input-shape or --data"):
         trace(network(), torch.randn(1, 4, 32, 32))
+
+
+def test_integers_for_a_network_of_floats():
+    with pytest.raises(OtherType, match=r"The input is uint8; the network takes float32") as caught:
+        trace(network(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert (caught.value.found, caught.value.wanted) == ("uint8", "float32")
 
 
 def test_too_few_inputs():

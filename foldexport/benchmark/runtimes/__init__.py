@@ -131,7 +131,7 @@ def missing(row: Runtime, device: str) -> str:
     """What this runtime lacks on this machine, and what installs it; empty where nothing is. Imports it only for a GPU."""
     absent = [name for name in row.packages if importlib.util.find_spec(name) is None]
     if absent:
-        return f"{', '.join(absent)} is not installed: {row.install}"
+        return f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: {row.install}"
     if row.reads in OTHERS:
         try:
             OTHERS[row.reads]()
@@ -181,14 +181,11 @@ OTHERS = {"tensorrt": _tensorrt, node.PACKAGE: node.require}
 
 def _no_gpu(row: Runtime) -> str:
     if reason := environment.no_gpu():
-        return f"{reason}: install a driver, or run with --device cpu"
+        return reason if "cpu" in row.devices else f"{reason}; {row.name} runs on NVIDIA GPUs only"
     if row.distribution == "torch":
         from foldexport import device
 
-        try:
-            device.require("cuda")
-        except MissingDependencyError as error:
-            return str(error).removeprefix("--device cuda: ").rstrip(".")
+        return device.why_not("cuda")
     if row.distribution == "onnxruntime":
         import onnxruntime
 

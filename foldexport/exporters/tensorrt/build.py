@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from foldexport.errors import UsageError
 from foldexport.exporters.tensorrt import driver, messages, timing
 from foldexport.exporters.tensorrt.flavour import FULL, RTX, Flavour
 from foldexport.exporters.tensorrt.network import Parsed
-from foldexport.exporters.tensorrt.options import HARDWARE, TensorRTOptions
+from foldexport.exporters.tensorrt.options import HARDWARE, TensorRTOptions, size_text
 from foldexport.exporters.tensorrt.profile import Profile, text
 
+#: What the builder says of matrix products on Turing, and of a limit on scratch memory that nothing fits in.
+NO_PRODUCTS = re.compile(r"Cannot compile operation '([^']+)'.*\(SM(\d+)\): FP32 GEMM is not supported")
+NO_SCRATCH = re.compile(r"workspace (limit|size)", re.IGNORECASE)
 DEFAULT_TARGETS = "the library's default: 8.0, 8.6, 8.9, 12.0 and later"  # TensorRT-RTX documentation, CPU-only engines
 
 
@@ -28,7 +32,8 @@ def build(parsed: Parsed, flavour: Flavour, options: TensorRTOptions, profile: P
         notes["timing_cache"] = timing.install(config, cache)
     serialized = parsed.builder.build_serialized_network(parsed.network, config)
     if serialized is None:
-        raise UsageError(f"tensorrt: {flavour.title} {flavour.version()} builds no engine: {_why(parsed)}")
+        library = f"{flavour.title} {flavour.version()}"
+        raise UsageError(f"tensorrt: {_advice(parsed, library, options) or f'{library} builds no engine: {_why(parsed)}'}")
     with open(path, "wb") as stream:
         stream.write(memoryview(serialized))
     if cache is not None:
@@ -98,6 +103,23 @@ def _read_back(parsed: Parsed, flavour: Flavour, config: Any) -> dict[str, Any]:
     else:
         found["targets"] = [driver.gpu().compute_capability]
     return found
+
+
+def _advice(parsed: Parsed, library: str, options: TensorRTOptions) -> str:
+    """The option that helps, where the builder's errors are of a kind that is known; else nothing."""
+    said = "; ".join(messages.errors(parsed.log.lines))
+    product = NO_PRODUCTS.search(said)
+    if product is not None:
+        node, target = product[1], f"{product[2][:-1]}.{product[2][-1]}"
+        where = parsed.modules.of(node) or parsed.modules.behind(node)
+        return (
+            f"`{where or node}` is a float32 matrix product, which {library} has none of for {target}: pass --precision fp16, "
+            f"or leave {target} out of --compute-capability."
+        )
+    if options.workspace_bytes is not None and NO_SCRATCH.search(said):
+        given = size_text(options.workspace_bytes)
+        return f"--workspace {given}: {library} finds no way to compute a layer in so little; allow more, or leave it out."
+    return ""
 
 
 def _why(parsed: Parsed) -> str:

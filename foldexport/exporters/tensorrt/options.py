@@ -14,6 +14,7 @@ HARDWARE = {  # TensorRT's own names of the levels, as `HardwareCompatibilityLev
     "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
 }
 HIGHEST_LEVEL = 5  # of IBuilderConfig.builder_optimization_level; above it TensorRT takes 5 without a word
+CAPABILITY = r"\d{1,2}\.\d"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -42,7 +43,7 @@ class TensorRTOptions:
         _one_of("--flavour", self.flavour, FLAVOURS)
         _one_of("--hardware-compatibility", self.hardware_compatibility, tuple(HARDWARE))
         for each in self.compute_capabilities:
-            if not re.fullmatch(r"\d{1,2}\.\d", each):
+            if not re.fullmatch(CAPABILITY, each):
                 raise UsageError(f"--compute-capability {each}: wanted a version such as 8.6, several with commas.")
         if self.workspace_bytes is not None and self.workspace_bytes <= 0:
             raise UsageError(f"--workspace {self.workspace_bytes}: wanted a size above 0, such as 2GiB.")
@@ -59,13 +60,27 @@ def size_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 
+def size_text(value: int) -> str:
+    """2147483648 → ``"2GiB"``, in the largest unit of which it is a whole number."""
+    units = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB"}
+    return next((f"{value // unit}{name}" for unit, name in units.items() if value % unit == 0), f"{value}B")
+
+
 def compute_capabilities(text: str) -> tuple[str, ...]:
-    """``"8.6,8.9"`` → ``("8.6", "8.9")``; ``sm_86`` and ``86`` are understood too; each once, in order."""
+    """``"8.6,8.9"`` → ``("8.6", "8.9")``; ``sm_86`` and ``86`` are understood too; each once, in order.
+
+    Raises UsageError, with the whole text, where a word is no version: ``8,6`` is a comma for a point.
+    """
     found = []
     for word in text.replace(" ", "").lower().split(","):
         digits = re.fullmatch(r"(?:sm_?)?(\d{1,2})(\d)", word)
         found.append(f"{digits[1]}.{digits[2]}" if digits else word)
-    return tuple(dict.fromkeys(each for each in found if each))
+    words = [each for each in found if each]
+    if not words or not all(re.fullmatch(CAPABILITY, each) for each in words):
+        point = re.fullmatch(r"(\d{1,2}),(\d)", text.strip())
+        meant = f"{point[1]}.{point[2]}, with a point" if point else "a version such as 8.6, several with commas"
+        raise UsageError(f"--compute-capability {text}: wanted {meant}.")
+    return tuple(dict.fromkeys(words))
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
