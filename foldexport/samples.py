@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from foldexport import labels as naming
 from foldexport.errors import MissingDependencyError, UsageError
+from foldexport.labels import Labels
 from foldexport.preprocessing import COLOR_ORDER, PIXELS
 
-SAMPLES = 64  # of the first ones, in the order of names
+SAMPLES = 64  # evenly from all of them
 LABELS = "labels"  # the array of an .npz that holds class numbers, not an input
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 WANTED = "an .npz with one array per input (batch first) or a folder of images"
@@ -34,58 +36,95 @@ def load(path: Path, preprocessing: Mapping[str, Any]) -> list[np.ndarray]:
     return _arrays(path)
 
 
-def labelled(path: Path, preprocessing: Mapping[str, Any], limit: int) -> tuple[list[np.ndarray], np.ndarray | None, int]:
-    """Many samples, for calibration and accuracy: one array per input, class numbers ``[N]`` or None, the number of classes.
+def labelled(path: Path, preprocessing: Mapping[str, Any], limit: int) -> tuple[list[np.ndarray], Labels]:
+    """Many samples, for calibration and accuracy: one array per input, and their class numbers, if any.
 
-    A folder of images has labels where every image lies in one of its own folders; these are the classes, in the order of their
-    names. Images are taken evenly from all of them. An .npz has them in its array "labels". Raises what :func:`load` raises.
+    A folder of images has labels where every image lies in one of its own folders; these are the classes, by the network's
+    ``label_names`` where it has any, else in the order of their names (see foldexport.labels). An .npz has them in its array
+    "labels". Samples are taken evenly from all of them. Raises what :func:`load` raises, and UsageError for folders that are none
+    of the network's classes.
     """
     if not path.is_dir():
         load(path, preprocessing)  # refuses what is no .npz
-        arrays = _arrays(path, limit)
+        arrays, found = _arrays(path, limit), naming.NONE
         with np.load(path, allow_pickle=False) as archive:
-            labels = archive[LABELS] if LABELS in archive.files and len(archive.files) > 1 else None
-        if labels is None:
-            return arrays, None, 0
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) < len(arrays[0]):
-            found = f"{labels.dtype} {list(labels.shape)}"
-            raise UsageError(f"--data {path}: its labels are {found}; wanted one class number per sample.")
-        return arrays, labels[:limit].astype(np.int64), int(labels.max()) + 1
-    paths = sorted(each for each in path.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
-    classes = sorted({each.parent.name for each in paths if each.parent.parent == path})
-    inside = classes and all(each.parent.parent == path for each in paths)
-    taken = [paths[place * len(paths) // limit] for place in range(limit)] if len(paths) > limit else paths
+            whole = LABELS in archive.files and len(archive.files) > 1
+            values = archive[LABELS] if whole else None
+            counts = {len(archive[name]) for name in archive.files if name != LABELS}
+        if values is None:
+            return arrays, found
+        if values.ndim != 1 or values.dtype.kind not in "iu" or counts != {len(values)}:
+            said = f"{values.dtype} {list(values.shape)} for {', '.join(map(str, sorted(counts)))} samples"
+            raise UsageError(f"--data {path}: its labels are {said}; wanted one class number per sample.")
+        require_classes(f"--data {path}: its labels", values)
+        return arrays, Labels(spread(values, limit).astype(np.int64), int(values.max()) + 1, "array")
+    paths = _paths(path)
+    inside = bool(paths) and all(each.parent.parent == path for each in paths)
+    taken = spread(paths, limit)
+    folders = [each.parent.name for each in paths]  # all of them: a class that is not taken is one too
+    found = naming.of_folders(path, folders, preprocessing.get("label_names") or ()) if inside else naming.NONE
     images = [_images(path, preprocessing, taken)]
-    if not inside:
-        return images, None, 0
-    return images, np.asarray([classes.index(each.parent.name) for each in taken]), len(classes)
+    return images, found._replace(values=None if found.values is None else spread(found.values, limit))
+
+
+def spread(values: Any, limit: int) -> Any:
+    """At most ``limit`` of an array or a list, evenly from all of it: what lies sorted by class keeps all of its classes."""
+    count = len(values)
+    if count <= limit:
+        return values
+    places = [place * count // limit for place in range(limit)]
+    return values[places] if isinstance(values, np.ndarray) else [values[place] for place in places]
+
+
+def require_finite(what: str, array: np.ndarray) -> None:
+    """Raise UsageError for an array of samples that holds NaN or infinity, or what float32 does not hold."""
+    if array.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(array.astype(np.float32, copy=False))
+    if wrong.any():
+        where = ", ".join(str(int(each)) for each in np.argwhere(wrong)[0])
+        count = int(wrong.sum())
+        said = "1 value that is" if count == 1 else f"{count} values that are"
+        raise UsageError(f"{what} has {said} not finite in float32, the first at index ({where}).")
+
+
+def require_classes(what: str, values: np.ndarray) -> None:
+    """Raise UsageError for class numbers below 0."""
+    if len(values) and int(values.min()) < 0:
+        raise UsageError(f"{what} hold {int(values.min())}; wanted class numbers from 0.")
 
 
 def _arrays(path: Path, limit: int = SAMPLES) -> list[np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = [archive[name] for name in archive.files if name != LABELS or len(archive.files) == 1]
+            arrays = {name: archive[name] for name in archive.files if name != LABELS or len(archive.files) == 1}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--data {path}: cannot be read as .npz ({reason}); wanted {WANTED}.") from error
     if not arrays:
         raise UsageError(f"--data {path}: holds no arrays; wanted {WANTED}.")
-    for array in arrays:
+    for name, array in arrays.items():
         if array.dtype.kind not in "biuf" or array.ndim == 0 or not len(array):
             found = f"a {array.dtype} array of shape {list(array.shape)}"
             raise UsageError(f"--data {path}: holds {found}; wanted numbers, batch first.")
-    return [array[:limit] for array in arrays]
+        require_finite(f"--data {path}: input {name!r}", array)
+    return [spread(array, limit) for array in arrays.values()]
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _images(folder: Path, preprocessing: Mapping[str, Any], paths: Sequence[Path] | None = None) -> np.ndarray:
     missing = [name for name in ("input_size", "mean", "std") if not preprocessing.get(name)]
     if missing:
         reason = f"nothing says the {', '.join(missing)} that the network's images have"
-        raise UsageError(
-            f"--data {folder}: {reason}; pass --mean, --std and --input-shape, or an .npz of arrays that are preprocessed."
-        )
+        wanted = ", ".join({"input_size": "--input-shape"}.get(name, f"--{name}") for name in missing)
+        wanted = " and ".join(wanted.rsplit(", ", 1))
+        raise UsageError(f"--data {folder}: {reason}; pass {wanted}, or an .npz of arrays that are preprocessed.")
     if paths is None:
-        paths = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_SUFFIXES)[:SAMPLES]
+        paths = spread(_paths(folder), SAMPLES)
     if not paths:
         raise UsageError(f"--data {folder}: has no images ({', '.join(IMAGE_SUFFIXES[:4])}, …); wanted {WANTED}.")
     return np.stack([_image(each, preprocessing) for each in paths])

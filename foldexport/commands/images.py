@@ -44,8 +44,8 @@ _OPTIONS = (
     click.option("--std", type=Numbers(), metavar="R,G,B", help="Their deviation, likewise."),
     click.option("--normalize", type=Range(RANGES), is_flag=False, flag_value="1", metavar="[1|255]",
                  help="Put mean and std into the network, so that it takes pixels from 0 to 1, or to 255."),
-    click.option("--class-names", type=FILE, metavar="FILE", help="Names of the outputs, one a line, for the manifest. Default: "
-                 "what the checkpoint says."),
+    click.option("--class-names", type=FILE, metavar="FILE", help="Names of the outputs, one a line, for the manifest and "
+                 "the folders of --data. Default: what the checkpoint says."),
 )  # fmt: skip
 
 

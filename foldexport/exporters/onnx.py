@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import onnx_devices, onnx_inner, onnx_model, onnx_types, rectifiers, sizes
+from foldexport.exporters import onnx_constants, onnx_devices, onnx_inner, onnx_model, onnx_types, rectifiers, sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
@@ -176,7 +176,7 @@ def _graph(module: nn.Module, example: tuple, options: ExportOptions) -> onnx_ir
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                onnx_constants.kept(module, example),
                 example,
                 dynamo=True,
                 opset_version=opset,

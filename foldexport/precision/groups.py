@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, fx, nn
 
-from foldexport.precision.homogeneous import flattened, function_rule
+from foldexport.precision.homogeneous import flattened, function_rule, spatial
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -181,7 +181,8 @@ def _layer(found: Groups, node: fx.Node, layer: nn.Module, operands: list[fx.Nod
         found.slots[node] = flattened(found, node, source)
     elif isinstance(layer, BY_CHANNEL):
         found.slots[node] = found.fresh(node, source.axis)
-        found.tie(source, found.slots[node])
+        apart = source.axis < min(spatial(type(layer).__name__, rank), default=rank)
+        (found.tie if apart else found.tie_whole)(source, found.slots[node])
     elif isinstance(layer, (*BOUNDED, *PADS, *WHOLE)):
         found.slots[node] = found.fresh(node)
         zero = isinstance(layer, PADS) and layer.value == 0

@@ -34,6 +34,7 @@ VIEWS = frozenset(
      "roll", "flip", "repeat", "expand_as", "index_select", "narrow", "channel_shuffle", "unfold")
 )  # fmt: skip
 CLAMPS = frozenset(("maximum", "minimum", "clamp", "clamp_min", "clamp_max", "hardtanh"))
+REDUCTIONS = frozenset(("mean", "sum", "amax", "amin"))
 SUMS = frozenset(("add", "sub"))
 PRODUCTS = frozenset(("mul", "div", "truediv"))
 
@@ -63,12 +64,39 @@ def _homogeneous(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     source = found.slots[operands[0]]
     before, after = found.shapes[operands[0].name], found.shapes[node.name]
     same = len(after) > source.axis and before[: source.axis + 1] == after[: source.axis + 1]
+    same = same and source.axis < min(_mixed(node, len(before)), default=len(before))
     found.slots[node] = found.fresh(node, source.axis if same else None)
     if name_of(node.target) == "neg" or same:
         found.tie(source, found.slots[node])
     else:
         found.tie_whole(source, found.slots[node])
     return True
+
+
+def _mixed(node: fx.Node, rank: int) -> Iterable[int]:
+    """The axes of the operand over which a function sums, compares or moves values: in front of them channels stay apart.
+
+    A reduced axis goes away, so the sizes behind it move up: ``[N, C, C, W].mean(1)`` has C channels that are others.
+    """
+    name = name_of(node.target)
+    if name in REDUCTIONS:
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
+        return [each % rank if rank else 0 for each in dims]
+    return spatial(name, rank)
+
+
+def spatial(name: str, rank: int) -> Iterable[int]:
+    """``("max_pool2d", 4)`` → 2, 3: the axes of an operator whose name ends with their number."""
+    return range(rank - int(name[-2]), rank) if name[-2:] in ("1d", "2d", "3d") else ()
+
+
+def _tie_values(found: Groups, node: fx.Node, operands: Iterable[fx.Node]) -> None:
+    """Tie operands to a result with which they are aligned from the last axis."""
+    rank, slot = len(found.shapes[node.name]), found.slots[node]
+    for each in operands:
+        aligned = len(found.shapes[each.name]) == rank
+        (found.tie if aligned else found.tie_whole)(slot, found.slots[each])
 
 
 def _view(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
@@ -99,7 +127,7 @@ def _sum(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     if node.kwargs.get("alpha") is not None and not isinstance(node.kwargs["alpha"], int | float):
         return False
     found.slots[node] = found.fresh(node, _variable(found, operands).axis)
-    found.tie(found.slots[node], *(found.slots[each] for each in operands))
+    _tie_values(found, node, operands)
     if len([each for each in node.args if isinstance(each, fx.Node)]) < 2:
         found.tie_whole(found.slots[node])
         found.numbers.add(node)
@@ -108,7 +136,7 @@ def _sum(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
 
 def _clamp(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     found.slots[node] = found.fresh(node, _variable(found, operands).axis)
-    found.tie(found.slots[node], *(found.slots[each] for each in operands))
+    _tie_values(found, node, operands)
     if any(isinstance(each, int | float) for each in (*node.args[1:], *node.kwargs.values())):
         found.tie_whole(found.slots[node])
         found.numbers.add(node)
@@ -117,6 +145,8 @@ def _clamp(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
 
 def _product(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     """``v·const`` absorbs as a layer does; of ``v·gate`` the gate keeps its scale, and v hands its own on."""
+    if node.kwargs.get("rounding_mode") is not None:
+        return False  # steps
     variables = [each for each in operands if each not in found.constants]
     if len(variables) == 1:
         source, constant = found.slots[variables[0]], next((each for each in operands if each in found.constants), None)
@@ -129,7 +159,7 @@ def _product(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
             return True
         if constant is not None:
             found.pin(found.slots[constant])
-        found.tie(source, found.slots[node])
+        _tie_values(found, node, variables)
         return True
     if len(variables) != 2 or variables[0] is variables[1]:
         return False
@@ -138,7 +168,7 @@ def _product(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     value = variables[0] if gate is variables[1] else variables[1]
     found.pin(found.slots[gate])
     found.slots[node] = found.fresh(node, found.slots[value].axis)
-    found.tie(found.slots[value], found.slots[node])
+    _tie_values(found, node, [value])
     return True
 
 
@@ -159,8 +189,9 @@ def _pad(found: Groups, node: fx.Node, operands: list[fx.Node]) -> bool:
     if node.kwargs.get("mode", "constant") == "constant" and value not in (0, None):
         return False
     found.slots[node] = found.fresh(node)
-    source = found.slots[operands[0]]
-    found.tie(source, found.slots[node])
+    source, pads = found.slots[operands[0]], node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ())
+    inside = len(found.shapes[node.name]) - len(pads) // 2 > source.axis  # a pad of the channels moves them
+    (found.tie if inside else found.tie_whole)(source, found.slots[node])
     return True
 
 

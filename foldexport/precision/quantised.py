@@ -16,8 +16,12 @@ from foldexport.errors import UsageError
 from foldexport.exporters import placing
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import WeightMatch
+from foldexport.labels import NONE, Labels
 from foldexport.precision import int8
+from foldexport.precision.judging import NO_LABELS, cautions
+from foldexport.samples import require_classes
 from foldexport.trace import Graph
+from foldexport.trace.outputs import output_names
 from foldexport.verify import Comparison, compare, output_error
 
 SCALE_SLACK = 1e-5  # of half a step: weights and scales are float32
@@ -55,18 +59,23 @@ class Quantised:
                 program, example, place, self.samples.calibration, options, equalise=equalise
             )
             on_calibration = int8.Samples(self.samples.calibration, self.samples.calibration, None)
-            closeness = int8.judge(exporter.load(place), self._reference, on_calibration, equalised).sqnr_db
+            closeness = self._judge(exporter, place, on_calibration, equalised).closeness_db
             tried.append((closeness, place, notes, module, equalised))
         tried.sort(key=lambda each: -each[0])
         best, worse = tried
-        self.other = int8.judge(exporter.load(worse[1]), self._reference, self.samples, worse[4])
+        self.other = self._judge(exporter, worse[1], self.samples, worse[4])
         worse[1].unlink()
         best[1].replace(path)
         self.module = best[3]
         found = int8.require_int8(exporter, path)
-        self.quality = int8.judge(exporter.load(path), self._reference, self.samples, best[4])
+        self.quality = self._judge(exporter, path, self.samples, best[4])
         int8.require_quality(self.quality, self.max_drop)
+        self.notes += cautions(self.quality, self.max_drop)
         return best[2] | {"precision": found.to_dict(), "int8": self.quality.to_dict()}
+
+    def _judge(self, exporter: Any, path: Path, samples: int8.Samples, equalised: tuple[int, int]) -> int8.Quality:
+        names = output_names(self.graph) or ()
+        return int8.judge(exporter.load(path), self._reference, samples, equalised, names)
 
     def compare(self, expected: Any, exporter: Any, path: Path) -> Comparison:
         """The file on the golden inputs and probes; its own error there becomes the unit for `foldexport verify`."""
@@ -159,8 +168,8 @@ def prepared(
         )
     if program is None:
         raise UsageError("--precision int8: quantises the folded network; leave out --no-fold.")
-    arrays, labels, classes = samples.labelled(data, preprocessing, int8.CALIBRATION_SAMPLES + int8.JUDGED_SAMPLES)
-    return _of(graph, program, arrays, labels, classes, levels, max_drop)
+    arrays, labels = samples.labelled(data, preprocessing, int8.CALIBRATION_SAMPLES + int8.JUDGED_SAMPLES)
+    return _of(graph, program, arrays, labels, levels, max_drop)
 
 
 def of_arrays(
@@ -181,17 +190,31 @@ def of_arrays(
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(arrays[0])):
         found = f"{labels.dtype} {list(labels.shape)}"
         raise UsageError(f"labels: are {found}; wanted one class number for each of the {len(arrays[0])} samples")
-    classes = int(labels.max()) + 1 if labels is not None else 0
-    return _of(graph, program, arrays, labels, classes, levels, max_drop)
+    known = NONE
+    if labels is not None:
+        require_classes("labels:", labels)
+        known = Labels(labels.astype(np.int64), int(labels.max()) + 1, "array")
+    return _of(graph, program, arrays, known, levels, max_drop)
 
 
 def _of(
-    graph: Graph, program: Callable[[], Any], arrays: list[np.ndarray], labels: np.ndarray | None, classes: int,
-    levels: list[float] | None, max_drop: float | None,
+    graph: Graph, program: Callable[[], Any], arrays: list[np.ndarray], labels: Labels, levels: list[float] | None,
+    max_drop: float | None,
 ) -> Quantised:  # fmt: skip
-    found = Quantised(graph, program, int8.split(arrays, labels), levels, max_drop)
+    """Labels that cannot be of the network's classes are left out. Raises UsageError where --max-drop needs them."""
     scores = graph.fx.output_node().args[0][0].meta["val"]
-    if labels is not None and (scores.dim() != 2 or int(scores.shape[1]) < classes):
-        found.notes.append(f"the {classes} classes of --data are not the network's: judged without labels")
-        found.samples = int8.Samples(found.samples.calibration, found.samples.judged, None)
-    return found
+    outputs = int(scores.shape[1]) if scores.dim() == 2 and scores.is_floating_point() else 0
+    why = ""
+    if labels.values is None and max_drop is not None:
+        raise UsageError(f"--max-drop: is about accuracy, and {NO_LABELS}.")
+    if labels.values is not None and outputs < max(labels.classes, 2):
+        why = f"the {labels.classes} classes of --data are not the network's"
+    elif labels.source == "order" and labels.classes < outputs:
+        why = (
+            f"--data has {labels.classes} folders and the network {outputs} classes, and nothing says which of them these are "
+            "(--class-names says it)"
+        )
+    if why and max_drop is not None:
+        raise UsageError(f"--max-drop: is about accuracy, and {why}.")
+    split = int8.split(arrays, None if why else labels.values, certain=labels.certain)
+    return Quantised(graph, program, split, levels, max_drop, notes=[f"{why}: judged by agreement with float32"] if why else [])

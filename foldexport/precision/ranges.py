@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from foldexport.precision.groups import ONE, Groups, Layer, is_real
+from foldexport.precision.homogeneous import CLAMPS, PRODUCTS, SUMS, name_of
 from foldexport.precision.types import NumberType, rounded
 from foldexport.precision.walk import walk
 
@@ -26,6 +27,7 @@ HEADROOM = 4.0  # times the peak over all probes has to fit; inputs that nobody 
 WANTED_HEADROOM = 32.0  # what scales are chosen for
 LOST = 2.0  # roundoffs: the relative error of a whole tensor, above which the type loses digits that it should have
 STEPS = 400
+NORMS = frozenset(("linalg_vector_norm", "norm", "frobenius_norm", "linalg_norm"))
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Misfit:
     """A tensor that a type does not hold: ``found`` is its peak, or its relative rounding error in roundoffs."""
 
     node: str
-    what: str  # "weight", "bias", "activation"
+    what: str  # "weight", "bias", "activation", "constant" (added, or a bound), "factor", "sum of squares"
     problem: str  # "overflows", "vanishes"
     found: float
 
@@ -93,13 +95,50 @@ def misfits(module: fx.GraphModule, sizes: Sizes, probes: Sequence[Sequence], ki
                 continue
             elif _lost(tensor, kind) > LOST:
                 found.append(Misfit(node.name, what, "vanishes", _lost(tensor, kind)))
+        found += _numbers(node, kind)
         size = sizes.activations.get(node.name)
         if size is not None and node.op != "get_attr" and size.peak * HEADROOM > kind.largest:
             found.append(Misfit(node.name, "activation", "overflows", size.peak))
+        elif size is not None:
+            found += _squares(node, size, sizes, kind)
     suspects = {
         name for name, size in sizes.activations.items() if size.rms < 2.0**10 * kind.smallest_normal and size.peak > 0
     }
     return found + _vanishing(module, probes, suspects, kind)
+
+
+def _numbers(node: fx.Node, kind: NumberType) -> list[Misfit]:
+    """A number that is added or is a bound, or multiplies, and is not one of the type: ``|fl(c) − c| > LOST·u·|c|``.
+
+    The ε of a normalisation is the usual one: 1e-12 is 0 in float16, and 0/0 where an image is black. Activations do not show it,
+    for beside others it counts for nothing. (A bound beyond the largest number bounds nothing in the type either.)
+    """
+    name = name_of(node.target) if node.op == "call_function" else ""
+    if name not in SUMS | CLAMPS | PRODUCTS | {"rsub"}:
+        return []
+    given = [*node.args[1:], *(each for key, each in node.kwargs.items() if key != "alpha"), *node.args[:1]]
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            continue
+        exact = torch.tensor(float(number), dtype=torch.float64)
+        if not rounded(exact, kind.dtype).isfinite():
+            if name in PRODUCTS:
+                return [Misfit(node.name, "factor", "overflows", abs(float(number)))]
+        elif (lost := _lost(exact, kind)) > LOST:
+            return [Misfit(node.name, "factor" if name in PRODUCTS else "constant", "vanishes", lost)]
+    return []
+
+
+def _squares(node: fx.Node, result: Size, sizes: Sizes, kind: NumberType) -> list[Misfit]:
+    """The sum inside of a norm, ``‖x‖² = Σ x²``, which runtimes hold in the type where they make the norm of squares."""
+    order = node.kwargs.get("ord", node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 2))
+    if node.op != "call_function" or name_of(node.target) not in NORMS or order not in (2, 2.0, None, "fro"):
+        return []
+    if (HEADROOM * result.peak) ** 2 > kind.largest:
+        return [Misfit(node.name, "sum of squares", "overflows", result.peak**2)]
+    read = sizes.activations.get(node.args[0].name)
+    small = read is not None and read.rms**2 < kind.smallest_normal
+    return [Misfit(node.name, "sum of squares", "vanishes", 1.0 / kind.roundoff)] if small else []
 
 
 def _vanishing(module: fx.GraphModule, probes: Sequence[Sequence], suspects: set[str], kind: NumberType) -> list[Misfit]:

@@ -40,7 +40,10 @@ class Delivered:
         return self.weight_bytes.get(name, 0) / total if total else 0.0
 
     def __str__(self) -> str:
-        layers = ", ".join(f"{count} in {name}" for name, count in sorted(self.layers.items(), key=lambda pair: -pair[1]))
+        layers = ", ".join(
+            f"{count} of unknown type" if name == "unknown" else f"{count} in {name}"
+            for name, count in sorted(self.layers.items(), key=lambda pair: -pair[1])
+        )
         weights = ", ".join(f"{100 * self.share(name):.1f} % {name}" for name in sorted(self.weight_bytes, key=self.share)[::-1])
         return f"layers {layers or 'none'}; weight bytes {weights or 'none'}"
 
@@ -66,10 +69,12 @@ def is_weight(name: str) -> bool:
 def expected(module: nn.Module) -> Delivered:
     """What a file of ``module`` is to be in."""
     layers: Counter[str] = Counter()
-    for each in module.modules():
+    nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
+    called = [module.get_submodule(node.target) for node in nodes if node.op == "call_module"]  # one that is shared, each time
+    for each in called if nodes else module.modules():
         if isinstance(each, MULTIPLIERS):
             layers[str(each.weight.dtype).removeprefix("torch.")] += 1
-    for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+    for node in nodes:
         count = PRODUCTS.get(name_of(node.target), 0) if node.op == "call_function" else 0
         if count and "works_in" in node.meta:
             layers[str(node.meta["works_in"]).removeprefix("torch.")] += count
@@ -94,12 +99,25 @@ def require_delivered(exporter: Any, path: str | Path, module: nn.Module, dtype:
             f"{exporter.name}: asked for {name}, but the file holds {100 * (1 - found.share(name)):.0f} % of its weight bytes in "
             f"other types ({found}); no file was written."
         )
+    unknown, at_most = found.layers.get("unknown", 0), _products(module)
+    if at_most is not None and unknown > at_most:
+        raise PrecisionError(
+            f"{exporter.name}: asked for {name}, but the file does not tell what {unknown} of {sum(found.layers.values())} layers "
+            f"compute in ({found}), {at_most} expected; no file was written."
+        )
     if found.layers and _others(found.layers, name) > _others(wanted.layers, name):
         raise PrecisionError(
             f"{exporter.name}: asked for {name}, but {_others(found.layers, name)} of {sum(found.layers.values())} layers compute "
             f"in another type ({found}); no file was written."
         )
     return found
+
+
+def _products(module: nn.Module) -> int | None:
+    """Products of values that are computed, whose type a file need not say; None where the module is no graph."""
+    if not isinstance(module, fx.GraphModule):
+        return None
+    return sum(PRODUCTS.get(name_of(node.target), 0) for node in module.graph.nodes if node.op == "call_function")
 
 
 def _others(counts: Mapping[str, int], name: str) -> int:

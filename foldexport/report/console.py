@@ -58,7 +58,7 @@ def outcome(screen: Console, done: Outcome) -> None:
     _files(screen, done)
     for artifact in done.artifacts:
         if artifact.comparison and not artifact.comparison.proven:
-            said = f"not proven here: {artifact.path.name} ({artifact.comparison.not_run}); verify it where it runs"
+            said = f"not proven here: {artifact.path.name}; verify it where it runs"
             screen.print(Text(" " * INDENT + said, "yellow"), soft_wrap=True)
     screen.print()
     screen.print(Text(f"{_seconds(done.study.seconds)}", "dim"))
@@ -253,9 +253,9 @@ def _reduced(screen: Console, done: Prepared | Quantised) -> None:
     if said.without_care:
         more = len(said.without_care) - KEPT_SHOWN
         named = ", ".join(said.without_care[:KEPT_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        _sentence(screen, "without care", [named], "dim")
+        _sentence(screen, "unscaled", [named], "dim")
     for layer, why in list(said.single.items())[:KEPT_SHOWN]:
-        _sentence(screen, "float32", [f"{layer}: {why}"], "yellow")
+        _sentence(screen, "float32", [f"'{layer}': {why}"], "yellow")
     for note in said.notes:
         _sentence(screen, "", [note], "yellow")
 

@@ -12,7 +12,8 @@ from foldexport.precision.types import HALF
 
 @dataclass(frozen=True)
 class Said:
-    """type: "fp16". parts: what it is now. other: int8 with ranges as the file has them not. without_care: what would not have fit.
+    """type: "fp16". parts: what it is now. other: int8 with ranges as the file has them not. without_care: what the type does not
+    hold of the folded network with the scales that it had.
     single: layers that stay in float32, and why. notes: what to be careful about."""
 
     type: str
@@ -47,8 +48,12 @@ def _half(found: Mapping[str, Any]) -> Said:
     if found["groups_rescaled"]:
         low, high = found["exponents"]
         count, proved = found["groups_rescaled"], found["values_proved"]
-        parts.append(f"{count} groups of values rescaled by 2^{low} to 2^{high}, {proved} values proved equal")
+        groups, by = "1 group" if count == 1 else f"{count} groups", f"2^{low}" if low == high else f"2^{low} to 2^{high}"
+        parts.append(f"{groups} of values rescaled by {by}, {proved} values proved equal")
     weight, activation = (float(found[f"largest_{what}"]) for what in ("weight", "activation"))
     parts.append(f"largest weight {weight:.3g}, activation {activation:.3g} (of {kind.largest:.3g})")
-    without = [f"{each['what']} of {each['layer']} {each['problem']}" for each in found["misfits_before"]]
-    return Said(kind.name, parts, "", without, dict(found["float32_layers"]))
+    if found.get("headroom") and found["measured_on"]:
+        times = f"{float(found['headroom']):.{0 if float(found['headroom']) >= 10 else 1}f}"
+        parts.append(f"ranges measured on {' and '.join(found['measured_on'])}: values {times} times as large fit")
+    without = [f"{each['what']} of '{each['layer']}' {each['problem']}" for each in found["misfits_before"]]
+    return Said(kind.name, parts, "", without, dict(found["float32_layers"]), list(found.get("notes", ())))

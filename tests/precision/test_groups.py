@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.precision import scales
+from foldexport.precision import homogeneous, scales
 from foldexport.precision.groups import ONE
 from tests.precision.networks import Mixed, Trunk, far, folded, program_of, roots
 
@@ -84,3 +85,45 @@ def test_what_is_added_is_one_group():
     total = next(node for node in module.graph.nodes if node.op == "call_function" and node.target.__name__ == "add")
     assert groups.roots(total).tolist() == groups.roots(total.args[0]).tolist() == groups.roots(total.args[1]).tolist()
     assert set(groups.roots(total)) != {ONE}
+
+
+SIZE = 8  # of every axis but the batch, so that nothing but the axis tells channels from rows
+
+
+class Square(nn.Module):
+    """8×8×8 values between two layers, and a function whose axes are alike in size."""
+
+    def __init__(self, inside, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.inside = nn.Conv2d(3, SIZE, 3, padding=1), last, inside
+
+    def forward(self, x):
+        return self.last(self.inside(self.first(x).relu())).mean(2)
+
+
+ALIKE = {
+    "mean": lambda y: y.mean(1),
+    "amax": lambda y: y.amax(1),
+    "sum of rows": lambda y: y.sum(2),
+    "mean of all but one": lambda y: y.mean((1, 2), keepdim=True).squeeze(1),
+    "steps": lambda y: torch.div(y, 0.5, rounding_mode="floor").mean(1),
+    "shifted channels": lambda y: nn.functional.pad(y, (0, 0, 0, 0, 1, -1)).mean(3),
+    "pooled columns": lambda y: nn.functional.avg_pool1d(y.mean(1), 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_an_axis_of_the_same_size_is_not_taken_for_the_channels(name, per_channel):
+    torch.manual_seed(0)
+    network = Square(ALIKE[name], nn.Conv1d(8 if name != "mean of all but one" else 1, 4, 1)).eval()
+    module, groups, _, inputs = program_of(foldexport.fold(network, torch.randn(2, 3, SIZE, SIZE)), per_channel=per_channel)
+    chosen = drawn(groups)
+    assert scales.prove(module, scales.rescaled(module, groups, chosen), groups, chosen, inputs[0]) > 3
+
+
+def test_a_reduced_channel_axis_that_is_overlooked_is_found(monkeypatch):
+    """Planted: every axis in front of which sizes agree is the same axis."""
+    monkeypatch.setattr(homogeneous, "_mixed", lambda node, rank: ())
+    with pytest.raises(EquivalenceError, match="was not compensated"):
+        test_an_axis_of_the_same_size_is_not_taken_for_the_channels("mean", True)

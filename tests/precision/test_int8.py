@@ -138,13 +138,13 @@ def test_labels_are_folders_or_an_array(tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
         for place in range(6):
             image.new("RGB", (8, 8), (place, 0, 0)).save(tmp_path / "images" / name / f"{place}.png")
-    arrays, labels, classes = samples.labelled(tmp_path / "images", PREPROCESSING, 4)
-    assert arrays[0].shape == (4, 3, 8, 8) and labels.tolist() == [0, 0, 1, 1] and classes == 2
+    arrays, labels = samples.labelled(tmp_path / "images", PREPROCESSING, 4)
+    assert arrays[0].shape == (4, 3, 8, 8) and labels.values.tolist() == [0, 0, 1, 1] and labels.classes == 2
     image.new("RGB", (8, 8)).save(tmp_path / "images" / "alone.png")
-    assert samples.labelled(tmp_path / "images", PREPROCESSING, 4)[1] is None
+    assert samples.labelled(tmp_path / "images", PREPROCESSING, 4)[1].values is None
     np.savez(tmp_path / "with.npz", x=np.zeros((5, 3, 8, 8), np.float32), labels=np.arange(5))
-    arrays, labels, classes = samples.labelled(tmp_path / "with.npz", {}, 3)
-    assert len(arrays) == 1 and labels.tolist() == [0, 1, 2] and classes == 5
+    arrays, labels = samples.labelled(tmp_path / "with.npz", {}, 3)
+    assert len(arrays) == 1 and labels.values.tolist() == [0, 1, 3] and labels.classes == 5
     assert len(samples.load(tmp_path / "with.npz", {})) == 1
     np.savez(tmp_path / "wrong.npz", x=np.zeros((5, 3, 8, 8), np.float32), labels=np.zeros(5))
     with pytest.raises(UsageError, match="one class number per sample"):

@@ -59,12 +59,14 @@ def test_samples_in_a_file(trunk, tmp_path):
     [
         ({}, "needs --data with samples"),
         ({"data": images(), "labels": [1, 2]}, r"labels: are int64 \[2\]; wanted one class number for each of the 96"),
+        ({"data": images(), "labels": [-1] * COUNT}, "labels: hold -1; wanted class numbers from 0"),
+        ({"data": np.stack([*images()[:95], np.full((3, 8, 8), np.nan)])}, r"array 0 has 192 .*first at index \(95, 0, 0, 0\)"),
         ({"data": [images(), images()[:5]]}, "has 5, 96 samples for different inputs"),
         ({"data": np.array(["a"])}, "data: holds a <U1 array"),
         ({"data": images(), "half_io": True}, "half_io: is about half types"),
         ({"data": images(), "keep_fp32": ["fc"]}, "keep_fp32: is about half types"),
     ],
-    ids=["no data", "few labels", "unequal", "no numbers", "half_io", "keep_fp32"],
+    ids=["no data", "few labels", "negative labels", "not finite", "unequal", "no numbers", "half_io", "keep_fp32"],
 )
 def test_refusals(trunk, more, said, tmp_path):
     with pytest.raises(UsageError, match=said):
@@ -94,7 +96,11 @@ def test_accuracy_that_falls_leaves_no_file(trunk, tmp_path, monkeypatch):
 def _worse(judge):
     import dataclasses
 
-    return lambda *given: dataclasses.replace(found := judge(*given), accuracy_after=(found.accuracy_before or 0.0) - 0.5)
+    def changed(*given):
+        found = judge(*given)
+        return dataclasses.replace(found, accuracy_after=(found.accuracy_before or 0.0) - 0.5, lost=found.samples // 2, gained=0)
+
+    return changed
 
 
 def test_a_module_trained_further_is_not_silently_replaced(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 
 import foldexport
 from foldexport import exporters
+from foldexport.api import in_precision
 from foldexport.errors import PrecisionError, UsageError
 from foldexport.exporters import onnx_types
 from foldexport.exporters.onnx import OnnxExporter
@@ -115,6 +116,35 @@ def test_layers_that_stay_in_float32_are_no_breach(base, tmp_path):
     read = delivered(exporters.exporter(exporters.get(base.name)), artifact.path)
     assert read.layers["float16"] >= 1 and read.layers["float32"] >= 1
     assert artifact.comparison.unit == "fp16" and artifact.comparison.weights_identical[0] > 0
+
+
+def test_layers_of_unknown_type_are_no_half(tmp_path, monkeypatch):
+    """Planted: a file that does not tell what one of its convolutions computes in."""
+    prep = in_precision(folded(Trunk), "fp16")
+    path = tmp_path / "net.onnx"
+    OnnxExporter().export(prep.module, (torch.zeros(1, 3, 8, 8),), path, ExportOptions(precision="fp16"))
+    read = OnnxExporter().precision_of(path)
+    assert read == {"float16": 6} and prep.require_delivered(OnnxExporter(), path)
+    monkeypatch.setattr(OnnxExporter, "precision_of", lambda self, path: {"float16": 5, "unknown": 1})
+    with pytest.raises(PrecisionError, match="the file does not tell what 1 of 6 layers"):
+        prep.require_delivered(OnnxExporter(), path)
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layer(self.layer(x).relu()).relu())
+
+
+def test_a_shared_layer_in_float32_counts_each_time(tmp_path):
+    found = foldexport.fold(Twice().eval(), torch.randn(1, 3, 8, 8))
+    made = foldexport.export(found, "onnx", tmp_path / "net.onnx", precision="fp16", keep_fp32=["layer"])
+    assert delivered(OnnxExporter(), made.path).layers == {"float32": 2, "float16": 1}
 
 
 def test_half_inputs_and_outputs(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from foldexport.benchmark.timing import NOISY
 from foldexport.report.html.charts import Line, bars, chart, number
 from foldexport.report.words import milliseconds, size
 
@@ -143,7 +144,8 @@ def _measurement(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for each in found["variants"]:
         speed = each["speedup"]
-        text = each["verdict"] if speed is None else f"{each['verdict']} ({speed['interval'][0]:.2f} to {speed['interval'][1]:.2f})"
+        numbers = speed is not None and each["verdict"] != NOISY
+        text = f"{each['verdict']} ({speed['interval'][0]:.2f} to {speed['interval'][1]:.2f})" if numbers else each["verdict"]
         median, p90, p99 = (each["latency_ms"][name] for name in ("median", "p90", "p99"))
         rows.append({"label": each["name"], "share": f"{100 * median / slowest:.1f}", "median": f"{milliseconds(median)} ms",
                      "text": text, "p90": milliseconds(p90), "p99": milliseconds(p99),
@@ -152,7 +154,7 @@ def _measurement(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": found["runtime"],
         "where": where,
-        "level": f"{100 * found['level']:g}",
+        "level": f"{round(100 * found['level'], 3):g}",
         "rows": rows,
         "findings": found["findings"],
     }
