@@ -56,23 +56,25 @@ def kept(module: nn.Module, example: tuple) -> nn.Module:
 
 def _places(module: nn.Module) -> list[tuple[fx.Node, int, float]]:
     """(operator, place of its argument, number)."""
-    found = []
-    for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+    if not isinstance(module, fx.GraphModule):
+        return []
+    found, held = [], dict(module.named_buffers())
+    for node in module.graph.nodes:
         name = name_of(node.target) if node.op == "call_function" else ""
         if name not in ADDED + MULTIPLIED or len(node.args) != 2 or node.kwargs or all(isinstance(each, int) for each in node.args):
             continue
         for place, each in enumerate(node.args):
-            value = _scalar(module, each)
+            value = _scalar(held, each)
             away = None if value is None else abs(value if name in ADDED else value - 1.0)
             if away and away <= (NEAR_ZERO if name in ADDED else NEAR_ONE):
                 found.append((node, place, value))
     return found
 
 
-def _scalar(module: fx.GraphModule, argument: Any) -> float | None:
+def _scalar(held: dict[str, Tensor], argument: Any) -> float | None:
     if isinstance(argument, float):
         return argument
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return None
-    value = dict(module.named_buffers()).get(argument.target)
+    value = held.get(argument.target)
     return float(value) if value is not None and value.dim() == 0 and value.is_floating_point() else None
