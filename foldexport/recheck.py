@@ -18,10 +18,10 @@ from foldexport import exporters, manifest
 from foldexport.artifact import contents, sha256
 from foldexport.bundle import GOLDEN, opened
 from foldexport.bundle import golden as golden_file
-from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, UsageError
+from foldexport.errors import EquivalenceError, MissingDependencyError, UsageError
 from foldexport.exporters import Format, placing
 from foldexport.study import Clock, Progress
-from foldexport.verify import Comparison, Tolerance
+from foldexport.verify import Comparison, record
 from foldexport.verify.golden import check_golden
 
 
@@ -63,20 +63,20 @@ def recheck(
 
     device: where files are run if their runtimes can; where one cannot, its proof line says so.
 
-    Raises UsageError (no manifest; a file that is not beside it) and MissingDependencyError (a device that is not there).
-    A mismatch is a finding, and so is a runtime that is not installed, see :func:`require`.
+    Raises UsageError (no manifest, or one that says what none of foldexport's does) and MissingDependencyError (a device that is
+    not there). A mismatch is a finding, and so are a file that is not there and a runtime that is not installed, see
+    :func:`require`.
     """
     devices.require(device)
     broken = opened.changed(path) if opened.is_bundle(path) else None
     clock, document = Clock(progress), manifest.read(path)
     entries = _chosen(path, document, [row.name for row in only])
+    record.tolerance_of(path, document)
+    for entry in entries:
+        record.units_of(path, entry, len(document.get("outputs") or ()))
+    record.require_golden(path, document, opened.is_bundle(path) and (path.parent / GOLDEN).is_file())
     if broken is not None:
         return _of_bundle(path.parent, broken, entries, document, clock, device)
-    for entry in entries:
-        for each in entry["files"]:
-            if not (path.parent / each["name"]).is_file():
-                name = each["name"]
-                raise UsageError(f"{name} is not beside {path}: copy it there, or pass --format with the others.")
     return [_check(path.parent, entry, document, clock, device) for entry in entries]
 
 
@@ -117,7 +117,7 @@ def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict
         for entry in found:
             _require_whole(path, entry)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its list of artifacts was not written by foldexport, or was cut.") from error
+        raise UsageError(f"{path}: its list of artifacts was not written by foldexport, or was cut.") from error
     if not found:
         there = ", ".join(str(entry["format"]) for entry in entries) or "no artifacts"
         raise UsageError(f"{path}: has {there}, not {', '.join(names)}." if names else f"{path}: has {there}.")
@@ -125,12 +125,12 @@ def _chosen(path: Path, document: dict[str, Any], names: list[str]) -> list[dict
 
 
 def _require_whole(path: Path, entry: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the entry names files beside the manifest, and nothing else."""
+    """Raise UsageError unless the entry names files beside the manifest, and nothing else."""
     digests = {each["name"]: each["sha256"] for each in entry["files"]}
     outside = [name for name in digests if not _is_of(entry["file"], name)]
     if outside or not any(name == entry["file"] or name.startswith(f"{entry['file']}/") for name in digests):
         name = (outside or [entry["file"]])[0]
-        raise CheckpointError(f"{path}: names {name}, which is not one of the files beside it.")
+        raise UsageError(f"{path}: names {name}, which is not one of the files beside it.")
 
 
 def _is_of(file: str, name: str) -> bool:
@@ -168,6 +168,10 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     row = exporters.get(entry["format"])
     found = Checked(row.name, entry["file"])
     clock.tell(f"check {entry['file']}")
+    found.changed = [each["name"] for each in entry["files"] if not (folder / each["name"]).is_file()]
+    if found.changed:
+        found.reason = f"{', '.join(found.changed)} is not beside the manifest; copy it there, or export again"
+        return found
     found.changed = [each["name"] for each in entry["files"] if sha256(folder / each["name"]) != each["sha256"]]
     if found.changed:
         names = ", ".join(found.changed)
@@ -187,11 +191,11 @@ def _check(folder: Path, entry: dict[str, Any], document: dict[str, Any], clock:
     found.unrun = exporter.cannot_run(folder / entry["file"]) if hasattr(exporter, "cannot_run") else ""
     if found.unrun:
         return found
-    given = document.get("tolerance")
-    tolerance = Tolerance(**given) if given else None
+    tolerance = record.tolerance_of(folder, document)
     clock.tell(f"run {entry['file']} in {exporter.runtime()}")
     placed = placing.place(exporter, folder / entry["file"], device)
-    how = {"format": row.name, "label": placed.label, "tolerance": tolerance, **_unit(document)}
+    units = record.units_of(folder, entry, len(document.get("outputs") or ()))
+    how = {"format": row.name, "label": placed.label, "tolerance": tolerance, "noise_there": units, **_unit(document)}
     noise = None if placed.device == "cpu" else _noise_there(document, placed.device)
     golden = document["golden"] | {"n32": noise} if document["golden"] is not None and noise else document["golden"]
     comparison = check_golden(golden, placed.run, **how) if golden is not None else golden_file.check(arrays, placed.run, **how)

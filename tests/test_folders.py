@@ -9,7 +9,7 @@ import pytest
 
 from foldexport import artifact, destination
 from foldexport.artifact import PACKAGE_MARK, check_destination, contents, describe, size_bytes, staged
-from foldexport.errors import CheckpointError, UsageError
+from foldexport.errors import UsageError
 from foldexport.exporters import get
 from foldexport.recheck import _require_whole, _unknown
 
@@ -110,7 +110,7 @@ def test_an_existing_package_is_what_is_written_not_where_to(tmp_path, text):
     ],
 )  # fmt: skip
 def test_a_manifest_that_names_what_is_not_in_the_folder(tmp_path, file, names):
-    with pytest.raises(CheckpointError, match="is not one of the files beside it"):
+    with pytest.raises(UsageError, match="is not one of the files beside it"):
         _require_whole(tmp_path, {"file": file, "files": [{"name": name, "sha256": ""} for name in names]})
 
 

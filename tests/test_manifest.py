@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foldexport import exporters, manifest, pipeline, recheck
-from foldexport.errors import CheckpointError, MissingDependencyError, UsageError
+from foldexport.errors import MissingDependencyError, UsageError
 from foldexport.exporters import Format
 from tests.command import files, save_dirac
 
@@ -97,6 +97,7 @@ def test_missing_and_newer_manifests(tmp_path, made):
     "spoil",
     [
         lambda entry: entry.pop("files"),
+        lambda entry: entry.update(files=[]),
         lambda entry: entry.update(files=[{"name": "small.torchscript.pt"}]),
         lambda entry: entry["files"][0].update(name="../small.torchscript.pt"),
         lambda entry: entry.update(file="../other.pt"),
@@ -107,9 +108,38 @@ def test_a_spoilt_list_of_artifacts_is_refused(tmp_path, made, spoil):
     spoil(document["artifacts"][0])
     path = tmp_path / "x.manifest.json"
     path.write_text(manifest.dumps(document))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UsageError):
         recheck.recheck(path)
     assert files(tmp_path) == ["x.manifest.json"]
+
+
+EDITS = {
+    "no runs": (lambda document: document["golden"].update(runs=[]), "no runs"),
+    "runs without outputs": (lambda document: [run.update(outputs=[]) for run in document["golden"]["runs"]], "no runs"),
+    "no golden set": (lambda document: document.update(golden=None), "no golden inputs"),
+    "values that are none": (lambda document: document["golden"]["runs"][0]["outputs"][0].update(values="?"), "was cut"),
+    "noise of the peak": (lambda document: document["golden"].update(n32=[1.0]), "not the one that was measured"),
+    "noise that is none": (lambda document: document["golden"].update(n32=["1"]), "no noise"),
+    "noise without its proof": (lambda document: document.update(
+        golden=document["golden"] | {"n32": [1.0]}, certificate=None), "above 1% of the peak"),
+    "units of text": (lambda document: document["artifacts"][0]["comparison"].update(units={"0": "x"}), "wanted numbers per run"),
+    "a number for the tolerance": (lambda document: document.update(tolerance=1), "its tolerance is 1"),
+    "a tolerance of text": (lambda document: document.update(tolerance={"absolute": "x"}), "its tolerance is"),
+    "another tolerance": (lambda document: document.update(tolerance={"rtol": 1.0}), "its tolerance is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "said"), EDITS.values(), ids=EDITS)
+def test_a_manifest_that_would_let_any_file_pass_is_refused(tmp_path, made, edit, said):
+    document = json.loads(manifest.dumps(made.manifest))
+    (tmp_path / "small.torchscript.pt").write_bytes((made.manifest_path.parent / "small.torchscript.pt").read_bytes())
+    path = tmp_path / "small.manifest.json"
+    path.write_text(manifest.dumps(document))
+    assert [each.ok for each in recheck.recheck(path)] == [True]
+    edit(document)
+    path.write_text(manifest.dumps(document))
+    with pytest.raises(UsageError, match=said):
+        recheck.recheck(path)
 
 
 def test_a_runtime_that_is_not_installed_does_not_keep_the_others_from_being_checked(made, tmp_path, monkeypatch):

@@ -25,8 +25,10 @@ from foldexport.certify.local import Finding, findings_on
 from foldexport.certify.lockstep import Lockstep, Schedule, first_line, is_inexact
 from foldexport.certify.rounding import Rounding, folded_in, rounding
 from foldexport.certify.sensitivity import moved_by_rounding
+from foldexport.certify.unvisited import failures_on, failures_revived, scaled
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.extremes import Peak
+from foldexport.probes import first_sample
 
 if TYPE_CHECKING:
     from foldexport.fold.rebuild import Program
@@ -61,6 +63,7 @@ class Certificate:
     rounding: Rounding | None = None
     trace: str = ""
     silent: dict[str, int] = field(default_factory=dict)
+    revived: list[str] = field(default_factory=list)
     seconds: float = 0.0
     largest: Peak = Peak(0.0, "")
     references: list[tuple[tuple, list]] = field(default_factory=list, repr=False)
@@ -110,7 +113,8 @@ class Certificate:
         parts = [f"{self.n_values} values in {self.n_nodes} operators equal on {len(self.probes)} probes"]
         parts += [self.sizes] if self.sizes else []
         parts += [f"outputs within {self.end_to_end.error:.1e} of peak"] if self.end_to_end else []
-        parts += [] if self.end_to_end is None or self.end_to_end.informative else ["which says little here"]
+        if self.end_to_end is not None and not self.end_to_end.informative:
+            parts.append("which says little here: the outputs hardly depend on the input")
         parts += [f"{self.folded32:.1f}× float32 noise"] if self.folded32 is not None else []
         return ", ".join(parts)
 
@@ -130,6 +134,7 @@ class Certificate:
             "rounding": None if self.rounding is None else self.rounding.to_dict(),
             "trace": self.trace,
             "silent": self.silent,
+            "revived": self.revived,
             "seconds": self.seconds,
         }
         return _json(record)
@@ -174,6 +179,9 @@ def certify(
         if not proof.judge(probe) and probe.instead is not None:
             proof.judge(probe.instead)
     certificate = proof.certificate
+    if certificate.probes and not certificate.failures:
+        tell("what probes leave unvisited")
+        proof.visit(probes)
     if noise_probes and certificate.probes and not certificate.failures:
         tell("float32 rounding")
         certificate.rounding = rounding(
@@ -237,6 +245,25 @@ class _Proof:
         certificate.references.append((probe.inputs, found))
         return True
 
+    def visit(self, probes: list[Probe]) -> None:
+        """The local certificate on what the probes leave unvisited (`unvisited.py`), on one sample of the cheapest probe."""
+        taken = [probe for probe in probes if probe.name in ("normal", "second size") and self._was_judged(probe)]
+        if not taken:
+            return
+        certificate, watch = self.certificate, self._outputs.watch
+        base = first_sample(self._graph, min(taken, key=lambda probe: sum(map(_elements, probe.inputs)) / probe.samples))
+
+        def usable(watched: dict[str, Any]) -> bool:
+            return not _not_finite(self._graph, watched)
+
+        for probe in scaled(base):
+            certificate.failures += failures_on(self.schedule, probe, watch, usable)
+        found, certificate.revived = failures_revived(self.schedule, base, watch, usable, self._peaks)
+        certificate.failures += found
+
+    def _was_judged(self, probe: Probe) -> bool:
+        return any(inputs is probe.inputs for inputs, _ in self.certificate.references)
+
     def _skip(self, probe: Probe, why: str) -> None:
         """Record a shape that is not taken, but where the same probe follows at the traced sizes."""
         if probe.instead is None:
@@ -253,7 +280,7 @@ class _Proof:
             if not certificate.end_to_end.ok and not certificate.failures:
                 certificate.end_to_end = self._outputs.result(certificate.noise32, self._moved())
             certificate.largest = self._outputs.largest
-            certificate.trace = self._disagreement(min(probes, key=_cost))
+            certificate.trace = next(filter(None, map(self._disagreement, compared_with_module(self._graph, probes))), "")
 
     def _moved(self) -> dict[str, float]:
         """How far rounding moves the values that are compared, over all probes."""
@@ -278,9 +305,18 @@ def _not_finite(graph: Graph, watched: dict[str, Any]) -> str:
     return ""
 
 
-def _cost(probe: Probe) -> tuple[bool, int]:
-    """Sort key: probes of the traced sizes first, then by the number of values."""
-    return probe.optional, sum(value.numel() for value in probe.inputs if isinstance(value, Tensor))
+def _elements(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def compared_with_module(graph: Graph, probes: list[Probe]) -> list[Probe]:
+    """What the user's module is called on: values of both signs, then those of an image, one sample where the batch is free.
+
+    Probes of other sizes were compared as they were judged.
+    """
+    named = {probe.name: probe for probe in reversed(probes) if not probe.optional and not probe.resized}
+    chosen = [named[name] for name in ("normal", "uniform") if name in named] or probes[:1]
+    return [first_sample(graph, probe) for probe in chosen]
 
 
 def _silent(graph: Graph, peaks: dict[str, Tensor]) -> dict[str, int]:

@@ -10,12 +10,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from foldexport.certify.endtoend import beyond_jumps
+from foldexport.certify.layers import first_apart, listening
 from foldexport.certify.lockstep import first_line, is_inexact
-from foldexport.interpret import outputs
+from foldexport.interpret import steps
 from foldexport.trace.calling import run
 from foldexport.trace.exporting import quiet
 from foldexport.trace.kept import kept
@@ -34,7 +35,8 @@ def disagreement(graph: Graph, module: nn.Module, probe: Probe, noise: float = 0
     Both run in the module's type, operator by operator the same, so they agree to rounding: for every output
     ``max |y_module − y_graph| ≤ UNITS · max(eps, 2·noise) · max |y_graph|``. Networks that mix float types are not
     compared, for the graph runs in one. The module works on copies of the inputs and of its own tensors, so that neither
-    changes, whatever its forward writes into.
+    changes, whatever its forward writes into. Layers that are one node of the graph are compared at their own results in the
+    same way (:mod:`foldexport.certify.layers`).
 
     module: takes the graph's inputs by position, as `Graph.module` does.
 
@@ -44,22 +46,29 @@ def disagreement(graph: Graph, module: nn.Module, probe: Probe, noise: float = 0
     if dtype is None or any(child.training for _, child in module.named_modules()):
         return ""
     given = [_as_traced(value, example) for value, example in zip(probe.inputs, graph.example, strict=True)]
+    behind, _ = beyond_jumps(graph.fx)
     try:
-        found = pytree.tree_leaves(_call(module, given))
+        with listening(graph, module, behind) as heard:
+            found = pytree.tree_leaves(_call(module, given))
     except Exception as error:  # the user's forward may raise anything
         return f"the module refuses {probe.shapes}: {first_line(error)}"
-    wanted = outputs(graph, given, dtype)
-    if len(found) != len(wanted):
-        return f"the module has {len(found)} outputs, its trace {len(wanted)}"
-    behind, _ = beyond_jumps(graph.fx)
-    allowed = UNITS * max(torch.finfo(dtype).eps, 2.0 * noise)
     leaves = pytree.tree_leaves(graph.fx.output_node().args[0])
-    for leaf, one, other in zip(leaves, found, wanted, strict=True):
-        error = 0.0 if leaf in behind else _error(one, other)
+    if len(found) != len(leaves):
+        return f"the module has {len(found)} outputs, its trace {len(leaves)}"
+    allowed = UNITS * max(torch.finfo(dtype).eps, 2.0 * noise)
+    wanted, apart = dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)), {}
+    for node, value in steps(graph, given, dtype):
+        if node in wanted:
+            wanted[node] = value
+        error = heard.error(node, value) if node in heard.nodes else 0.0
+        if not error <= allowed:
+            apart[node] = error
+    for leaf, one in zip(leaves, found, strict=True):
+        error = 0.0 if leaf in behind else _error(one, wanted[leaf] if isinstance(leaf, fx.Node) else leaf)
         if not error <= allowed:
             found_by = f"by {error:.3g} of its peak, allowed {allowed:.3g}"
             return f"the module's output {leaf} differs from its trace {found_by}"
-    return ""
+    return first_apart(graph, given, heard, apart, dtype, allowed) if apart else ""
 
 
 def _call(module: nn.Module, given: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from foldexport import bands
 from foldexport.errors import FoldexportError
 from foldexport.fold.rebuild import Program
 from foldexport.fold.records import Record
-from foldexport.interpret import evaluate, steps
+from foldexport.interpret import Instead, evaluate, steps
 
 if TYPE_CHECKING:
     from foldexport.trace import Graph
@@ -135,11 +135,14 @@ def output_pairs(graph: Graph, program: Program) -> list[tuple[Any, Any]]:
 class Lockstep:
     """The two networks side by side on one set of inputs; iterate once, inside ``torch.no_grad()``.
 
-    watch: names of training values to keep in `watched`, for the comparison from end to end.
+    watch: names of training values to keep in `watched`, for the comparison from end to end. instead: as for `interpret.steps`,
+    changes values of the training graph.
     """
 
-    def __init__(self, schedule: Schedule, inputs: tuple, watch: frozenset[str] = frozenset()) -> None:
-        self.schedule, self.inputs, self.watch = schedule, inputs, watch
+    def __init__(
+        self, schedule: Schedule, inputs: tuple, watch: frozenset[str] = frozenset(), instead: Instead | None = None
+    ) -> None:
+        self.schedule, self.inputs, self.watch, self._instead = schedule, inputs, watch, instead
         self.watched: dict[str, Any] = {}
         self._values: dict[str, Any] = {}
         self._references: dict[fx.Node, Any] = {}
@@ -154,7 +157,7 @@ class Lockstep:
         place = {node: index for index, node in enumerate(self.schedule.graph.fx.nodes)}
         expiry: dict[int, list[str]] = defaultdict(list)
         pending, due = 0, self.schedule.due
-        for node, value in steps(self.schedule.graph, self.inputs, torch.float64):
+        for node, value in steps(self.schedule.graph, self.inputs, torch.float64, instead=self._instead):
             if node.name in self.watch:
                 self.watched[node.name] = value
             if node.name in self.schedule.last_need:

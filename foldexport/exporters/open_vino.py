@@ -36,6 +36,7 @@ class OpenVinoExporter:
 
     name = "openvino"
     suffix = ".xml"
+    lanes = 1  # its averages over space add one term after the other
 
     def export(self, module: nn.Module, example: tuple, path: str | Path, options: ExportOptions | None = None) -> dict[str, Any]:
         """Write ``module`` to ``path`` and its constants beside it; equal modules give equal bytes.

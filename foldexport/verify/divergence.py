@@ -13,6 +13,7 @@ few values at a time: O(log n) runs for n values, and never more than ``AT_ONCE`
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,15 @@ from foldexport.exporters.inner import Inner, Operator
 from foldexport.precision.types import HALF, NumberType
 from foldexport.verify import FAIL_ABOVE, NOISE_FLOOR, output_error
 from foldexport.verify.alignment import align, traced
-from foldexport.verify.judgement import Judged, Values, forms, judgement
+from foldexport.verify.judgement import NOISES, Judged, Values, forms, judgement
 from foldexport.verify.naming import named
 
 AT_ONCE = 8  # inner values in one run of the artifact
+DEEP = 8  # layers with weights, from which on outputs may hide what is wrong in the first one
+SURE = re.compile("conv|linear|addmm", re.IGNORECASE)  # layers that a format has as one operator, found by their weights
+HIDDEN = 1e-5  # of its peak: a value of a file that passes, whatever its noise
+MANY = 32  # inner values in one run of a file whose samples are small
+SMALL = 3 * 256 * 256  # input elements of such a sample
 REFINEMENTS = 8  # searches in a branch that turned out to be where the error comes from
 
 
@@ -73,6 +79,46 @@ def clause(
         layers = ", ".join(f"`{layer}`" for layer in list(dict.fromkeys(name.rpartition(".")[0] or name for name in missing))[:3])
         return f"of {layers}, though no inner value shows it"
     return described(place, HALF.get(unit), missing) if place is not None else "no inner value stands out"
+
+
+def hidden(exporter: Any, path: Path, module: nn.Module, inputs: Sequence[Any], dtype: torch.dtype = torch.float32) -> str:
+    """In words, where an artifact whose outputs pass is wrong inside; empty where it is not, or is not looked into. Never raises.
+
+    Weights are compared bit by bit, and outputs of shallow networks show the rest: a clamp's bound, a stride, an operator. In deep
+    ones an error of the first layer may die out. A value counts as wrong beyond 64 times its own noise, the largest too, where
+    something that is computed from it is wrong as well, and among what is wrong is a convolution or linear layer that reads a wrong
+    value: these are found by their weights, while half of a clamp in two operators may be taken for all of it.
+    """
+    if not hasattr(exporter, "inner") or sum(each.numel() for each in inputs if isinstance(each, Tensor)) > SMALL:
+        return ""
+    try:
+        graph = traced(module)
+        mine = module_operators(graph)
+        if sum(bool(operator.weights) for operator in mine.operators) < DEEP:
+            return ""
+        tensors = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+        artifact = named(exporter.inner(path), mine, dict(tensors))
+        found = align(mine, artifact)
+        order = [operator.output for operator in mine.operators if operator.output in found]
+        search = _Search(artifact, Values(graph, None), found, tuple(inputs), dtype)
+        for at in range(0, len(order), MANY):
+            search.judge(order[at : at + MANY])
+        wrong = {name for name in order if _beyond_doubt(search.judged[name])}
+        made, before = {operator.output: operator for operator in mine.operators}, _ancestors(mine, found)
+        read = {each for name in order if name in wrong for each in before[name]}
+        certain = any(SURE.search(made[name].kind) and made[name].weights and wrong & set(before[name]) for name in wrong)
+        first = next((name for name in order if certain and name in wrong and name in read), None)
+        if first is None:
+            return ""
+        node = next(node for node in graph.graph.nodes if node.name == first)
+        kindly = "" if node.op == "call_module" else made[first].kind
+        return described(Place(layer_of(node, made[first]), kindly, search.judged[first]), None)
+    except Exception:  # what is looked at here is beyond what the file has to show
+        return ""
+
+
+def _beyond_doubt(judged: Judged) -> bool:
+    return judged.wrong and judged.peak > 0 and judged.error > max(HIDDEN, NOISES * judged.noise) and math.isfinite(judged.error)
 
 
 def failing(

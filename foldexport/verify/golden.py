@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from foldexport.probes import normal
 from foldexport.verify import Comparison, Runtime, Tolerance, compare
 
 VERSION = 1
+Noises = Callable[[int], Iterable[Sequence[float]]]
 STORED_ELEMENTS = 4096  # of all outputs together, 44 kB in base64
 
 
@@ -81,18 +82,18 @@ def golden(
 
 def check_golden(
     record: dict[str, Any], runtime: Runtime, *, format: str, label: str, tolerance: Tolerance | None = None,
-    unit: str = "float32", dtype: torch.dtype = torch.float32,
+    unit: str = "float32", dtype: torch.dtype = torch.float32, noise_there: Noises | None = None,
 ) -> Comparison:
     """Compare a loaded artifact with the golden set of its manifest, by the rules of :func:`foldexport.verify.compare`.
 
-    unit, dtype: the number type whose noise the record's n32 is, and what the artifact is fed.
+    unit, dtype: the number type whose noise the record's n32 is, and what the artifact is fed. noise_there: as for ``compare``.
 
     Raises :class:`CheckpointError` when the record is not one of ours, or the inputs drawn here are not those that it
     was made with.
     """
     runs, step = _field(record, "runs"), _field(record, "step")
     probes = [_inputs(run, record.get("raw")) for run in runs]
-    references = [[_unpacked(each, step) for each in _field(run, "outputs")] for run in runs]
+    references = [packed_outputs(run, step) for run in runs]
     calls = iter(runs)
 
     def thinned(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -107,8 +108,13 @@ def check_golden(
     names = record.get("output_names") or None
     return compare(
         references, thinned, probes, _field(record, "n32"), format=format, label=label, output_names=names,
-        tolerance=tolerance, unit=unit, dtype=dtype,
+        tolerance=tolerance, unit=unit, dtype=dtype, noise_there=noise_there, discrete=record.get("discrete"),
     )  # fmt: skip
+
+
+def packed_outputs(run: dict[str, Any], step: int) -> list[Tensor]:
+    """The outputs that one run of a record has. Raises CheckpointError, or ValueError, where it is none of ours."""
+    return [_unpacked(each, step) for each in _field(run, "outputs")]
 
 
 def _inputs(run: dict[str, Any], raw: dict[str, Any] | None = None) -> tuple[Tensor, ...]:

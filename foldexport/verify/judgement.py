@@ -26,13 +26,17 @@ FLOOR = 1e-6  # of the value's peak
 
 @dataclass(frozen=True)
 class Judged:
-    """One inner value: its error, what is allowed and what is above suspicion (all of its peak), its peak."""
+    """One inner value: its error, what is allowed and what is above suspicion (all of its peak), its peak.
+
+    noise: the largest error of the module's own run in the type, of the peak too.
+    """
 
     error: float = 0.0
     allowed: float = 0.0
     peak: float = 0.0
     clean: float = 0.0
     incomparable: bool = False
+    noise: float = 0.0
 
     @property
     def wrong(self) -> bool:
@@ -65,7 +69,8 @@ def judgement(forms: Sequence[np.ndarray], exact: Any, low: Any) -> Judged:
     error = min((each for each in errors if math.isfinite(each)), default=math.inf)
     clean = min(NOISES, FAIL_ABOVE * max(1.0, math.sqrt(2.0 * math.log(exact.numel())))) * rms
     clean = max(clean, FLOOR)
-    return Judged(error, max(NOISES * rms, FLOOR), peak, clean)
+    largest = float(noise.abs().max()) if bool(noise.isfinite().all()) else math.inf
+    return Judged(error, max(NOISES * rms, FLOOR), peak, clean, noise=largest)
 
 
 def _long(shape: Sequence[int]) -> tuple[int, ...]:

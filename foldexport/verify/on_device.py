@@ -113,7 +113,7 @@ def _compared(
     label = f"torch {torch.__version__} on {devices.described(expected.device)}"
     found = compare(
         expected.outputs, run, expected.inputs, list(levels), format=name, label=label, output_names=expected.output_names,
-        tolerance=tolerance, unit=unit, dtype=dtype,
+        tolerance=tolerance, unit=unit, dtype=dtype, discrete=expected.discrete or None,
     )  # fmt: skip
     found.device = expected.device
     return found

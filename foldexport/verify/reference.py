@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,22 @@ from torch import Tensor, nn
 from foldexport import device as devices
 from foldexport import exporters, interpret, probes
 from foldexport.certify.rounding import Errors, rounding
+from foldexport.certify.sensitivity import expected_noise
 from foldexport.exporters import placing
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.trace import Graph
-from foldexport.verify import Comparison, Tolerance, compare, summation, unrun
+from foldexport.verify import Comparison, Tolerance, allowed_share, compare, summation, unrun
 from foldexport.verify.golden import golden, golden_inputs
 
 MORE_SAMPLES = 32  # normal samples beyond the probes
 MORE_MULTIPLY_ADDS = 4e9  # that they may cost together
 CHUNK = 8  # samples of one run
 SPECIAL = ("uniform", "constant", "impulse")  # on which a network may be far worse conditioned than on natural inputs
+OWN, EXPECTED = "own", "expected"  # ways to measure the noise of one run
 UNUSUAL = 4.0  # times the usual noise
+LOOKED_INTO = ("onnx", "torchscript", "pt2")  # formats that keep the module's operators as they are
+FAR = 64.0  # times a normal input, to reach the bounds of clamps
 AT_POINTS = 1000  # added to the seed for the inputs at a profile's points
 BATCHES = (1, 3)  # from one artifact, where its batch is free
 HUGE_BATCHES = (1, 2)  # of samples whose activations fill gigabytes
@@ -41,11 +45,13 @@ HUGE_BATCHES = (1, 2)  # of samples whose activations fill gigabytes
 class Reference:
     """Inputs and the training graph's outputs on them.
 
-    levels: the training graph's own noise in ``unit``, per output.     inputs, outputs: one entry per run.
+    levels: the training graph's own noise in ``unit``, per output.     inputs, outputs, names: one entry per run.
     golden: the record for the manifest, None where the inputs cannot be drawn from a seed.
     dropped: probes on which the training graph itself rounds far worse than it usually does, or is not finite.
     factors: per run and output the noise there, in units of the usual: above 1 on probes where the training graph itself rounds
-    worse than usual, so that no file is blamed for it.
+    worse than usual, so that no file is blamed for it. noise_there: run and lanes -> what `_noise_of` finds there, for runs on
+    which a file reads as if it were wrong.
+    discrete: per output the share of integers that may differ, empty where there are none.
     device: where artifacts are run if their runtimes can; levels_there: the training graph's float32 noise there, measured by
     `foldexport.verify.on_device`. noise_on: measures it on another device, for a runtime that has one of its own.
     """
@@ -55,6 +61,7 @@ class Reference:
     inputs: list[tuple] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
     golden: dict[str, Any] | None = None
+    names: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     factors: list[list[float]] = field(default_factory=list)
     unit: str = "float32"
@@ -62,6 +69,8 @@ class Reference:
     device: str = "cpu"
     levels_there: list[float] | None = None
     noise_on: Callable[[str], list[float]] | None = None
+    noise_there: Callable[[int, int], Iterator[list[float]]] | None = None
+    discrete: list[float] = field(default_factory=list)
 
     def levels_on(self, device: str) -> list[float]:
         """The noise of what runs on ``device``; the half types' own is measured without their hardware, and holds anywhere."""
@@ -94,15 +103,41 @@ class Reference:
             )  # fmt: skip
         placed = placing.place(exporter, path, self.device)
         taken = [at for at, inputs in enumerate(self.inputs) if not hasattr(exporter, "takes") or exporter.takes(inputs)]
+        lanes = getattr(exporter, "lanes", summation.LANES)
+        ask = self.noise_there if self.unit == "float32" and self.dtype == torch.float32 else None
         found = compare(
             [self.outputs[at] for at in taken], placed.run, [self.inputs[at] for at in taken],
             self.levels_on(placed.device), format=exporter.name, label=placed.label, output_names=self.output_names,
             weights=weights, tolerance=tolerance, unit=self.unit, dtype=self.dtype, factors=[self.factors[at] for at in taken],
+            noise_there=None if ask is None else lambda place: ask(taken[place], lanes), discrete=self.discrete or None,
         )  # fmt: skip
+        found.units = {taken[place]: units for place, units in found.units.items()}
+        found.left_out = [self.names[taken[int(place)]] for place in found.left_out]
+        self.dropped += [name for name in dict.fromkeys(found.left_out) if name not in self.dropped]
         if not found.ok and module is not None and weights is not None and taken:
             self._say_where(found, exporter, path, module, taken, weights.missing, placed.device)
+        looked_into = exporter.name in LOOKED_INTO and (placed.device, self.unit) == ("cpu", "float32")
+        if found.ok and weights is not None and taken and looked_into:
+            self._look_inside(found, exporter, path, module, taken)
         found.device = placed.device
         return found
+
+    def _look_inside(self, found: Comparison, exporter: Any, path: Path, module: nn.Module, taken: Sequence[int]) -> None:
+        """Fail a file whose outputs are right, and an inner value is not, on normal inputs and on one that reaches the clamps."""
+        from foldexport.verify import divergence
+
+        normal = [at for at in taken if self.names[at] == "normal"]
+        if not normal:
+            return
+        sizes = {at: sum(each.numel() for each in self.inputs[at] if isinstance(each, Tensor)) for at in normal}
+        smallest = self.inputs[min(normal, key=sizes.__getitem__)]
+        largest = self.inputs[max((at for at in normal if sizes[at] <= divergence.SMALL), key=sizes.__getitem__, default=normal[0])]
+        far = tuple(each * FAR if isinstance(each, Tensor) and each.is_floating_point() else each for each in smallest)
+        tried = (divergence.hidden(exporter, path, module, inputs, self.dtype) for inputs in (largest, far))
+        said = next(filter(None, tried), "")
+        if said:
+            found.ok = False
+            found.message = f"its outputs agree, and its inner values do not: {said}"
 
     def _say_where(
         self, found: Comparison, exporter: Any, path: Path, module: nn.Module, taken: Sequence[int], missing: Sequence[str],
@@ -165,10 +200,14 @@ def reference(
         [levels[place] for place in places], options.names("output", len(places)), unit=unit, dtype=dtype, device=device
     )
     found.noise_on = functools.cache(lambda there: _noise_on(graph, found, there))
+    measured = functools.cache(lambda at, way: _noise_of(graph, found, places, at, way))
+    ways = (OWN, *([None] if summation.averages(graph) else ()), EXPECTED)
+    found.noise_there = lambda at, lanes: (measured(at, lanes if way is None else way) for way in ways)
     low = low or (lambda inputs: interpret.outputs(graph, inputs, torch.float32))
 
-    def record(*inputs: Tensor) -> list[Tensor]:
+    def record(*inputs: Tensor, name: str = "normal") -> list[Tensor]:
         outputs = run(*inputs)
+        found.names.append(name)
         found.inputs.append(inputs)
         found.outputs.append(outputs)
         found.factors.append([1.0] * len(outputs))
@@ -180,33 +219,69 @@ def reference(
             record, shapes, n32=found.levels, batches=batches, seed=seed, output_names=found.output_names, raw=graph.raw
         )
     for name, inputs in _further(graph, options, data, seed, 0 if huge else _samples(multiply_adds), found.golden is not None):
-        record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])))
+        record(*(inputs if len(batches) > 1 else _at_batch(graph, inputs, batches[0])), name=name)
         if name not in SPECIAL:
             continue
-        factors = _noise_there(low(found.inputs[-1]), found, places)
+        factors = _in_usual(low(found.inputs[-1]), found, places, -1)
         if all(each <= UNUSUAL for each in factors):
-            in_turn = _noise_there(summation.outputs(graph, found.inputs[-1]), found, places) if unit == "float32" else factors
-            found.factors[-1] = [max(1.0, one, other) for one, other in zip(factors, in_turn, strict=True)]
+            found.factors[-1] = [max(1.0, factor) for factor in factors]
         else:
             found.dropped.append(name)
-            found.inputs.pop(), found.outputs.pop(), found.factors.pop()
+            found.inputs.pop(), found.outputs.pop(), found.factors.pop(), found.names.pop()
     for place, shapes in enumerate(dict.fromkeys(points) if found.golden is not None else ()):
         record(*(value.double() for value in golden_inputs(shapes, seed + AT_POINTS + place, graph.raw)))
+    if any(not wanted.is_floating_point() and not wanted.is_complex() for outputs in found.outputs[:1] for wanted in outputs):
+        found.discrete = _shares(low, found, places)
+        if found.golden is not None:
+            found.golden["discrete"] = found.discrete
     return found
 
 
-def _noise_there(leaves: list[Any], found: Reference, places: list[int]) -> list[float]:
-    """Per output the error of the training graph's outputs on the last inputs in a low type, in units of its usual noise.
+def _shares(low: Callable[[tuple], list[Any]], found: Reference, places: list[int]) -> list[float]:
+    """Per output the share of its integers that may differ: by the training graph's own in the artifact's type.
+
+    Of all runs together, or of the golden ones alone where that is more: they are compared alone later.
+    """
+    golden = len(found.golden["runs"]) if found.golden is not None else 0
+    differing, total = [[0] * len(places) for _ in range(2)], [[0] * len(places) for _ in range(2)]
+    for at, (inputs, outputs) in enumerate(zip(found.inputs, found.outputs, strict=True)):
+        leaves = low(inputs)
+        for index, (place, wanted) in enumerate(zip(places, outputs, strict=True)):
+            for group in range(1 + (at < golden)):
+                differing[group][index] += 0 if wanted.is_floating_point() else int((leaves[place] != wanted).sum())
+                total[group][index] += wanted.numel()
+    return [
+        allowed_share(max(differing[group][index] / max(1, total[group][index]) for group in range(2)))
+        for index in range(len(places))
+    ]
+
+
+def _in_usual(leaves: list[Any], found: Reference, places: list[int], at: int) -> list[float]:
+    """Per output the error of the training graph's outputs on a run in a low type, in units of its usual noise.
 
     A constant image drives statistics of the input itself to zero variance, where float32 means nothing.
     """
     factors = []
-    for place, wanted, level in zip(places, found.outputs[-1], found.levels, strict=True):
+    for place, wanted, level in zip(places, found.outputs[at], found.levels, strict=True):
         errors = Errors()
         if wanted.is_floating_point() and wanted.isfinite().all():
             errors.add(wanted, leaves[place])
         factors.append(errors.rms / level if wanted.isfinite().all() else math.inf)
     return factors
+
+
+def _noise_of(graph: Graph, found: Reference, places: list[int], at: int, way: str | int) -> list[float]:
+    """Per output the noise of float32 on one run, a fraction of the peak. On inputs that are like others it is near the usual.
+
+    way: `OWN`, the training graph's error there; a number, its error with averages summed in turn in so many lanes; `EXPECTED`,
+    what its condition makes of one roundoff at every operator (`foldexport.certify.sensitivity.expected_noise`).
+    """
+    inputs = found.inputs[at]
+    if way == EXPECTED:
+        return expected_noise(graph, inputs, found.outputs[at])
+    leaves = interpret.outputs(graph, inputs, torch.float32) if way == OWN else summation.outputs(graph, inputs, way)
+    factors = _in_usual(leaves, found, places, at)
+    return [level * factor for level, factor in zip(found.levels, factors, strict=True)]
 
 
 def _noise_on(graph: Graph, found: Reference, device: str) -> list[float]:

@@ -59,8 +59,9 @@ def golden_of(references: list[list[np.ndarray]], n32: list[float]) -> dict[str,
 @given(
     seed=st.integers(0, 2**16), size=st.sampled_from([(1, 10), (3, 10), (4, 1), (2, 3, 5, 5), (3, 0), (2,)]),
     scale=st.sampled_from([0.0, 1e-8, 3e-7, 1e-6, 3e-6, 1e-2, np.nan, np.inf]), zero=st.booleans(), loose=st.booleans(),
+    there=st.sampled_from([None, 1e-6, 1e-4]),
 )  # fmt: skip
-def test_it_judges_as_foldexport_does(seed, size, scale, zero, loose):
+def test_it_judges_as_foldexport_does(seed, size, scale, zero, loose, there):
     generator = np.random.default_rng(seed)
     references = [[np.zeros(size) if zero else generator.normal(size=size)] for _ in range(2)]
     outputs = [[(each + scale * generator.normal(size=size)).astype(np.float32) for each in run] for run in references]
@@ -69,8 +70,10 @@ def test_it_judges_as_foldexport_does(seed, size, scale, zero, loose):
     wanted = compare(
         [[torch.from_numpy(each) for each in run] for run in references], lambda *_: next(runs[0]), [(), ()], [2e-7],
         format="f", label="l", tolerance=Tolerance(**tolerance) if tolerance else None,
+        noise_there=None if there is None else lambda run: [[there]] if run == 1 else [],
     )  # fmt: skip
-    error, multiple, classes, wrong = standalone.compare(lambda *_: next(runs[1]), golden_of(references, [2e-7]), tolerance)
+    units = {} if there is None else {"1": [there]}
+    error, multiple, classes, wrong = standalone.compare(lambda *_: next(runs[1]), golden_of(references, [2e-7]), tolerance, units)
     assert (error, multiple) == pytest.approx((wanted.max_error, wanted.noise_multiple), rel=1e-9, nan_ok=True)
     assert bool(wrong) == (not wanted.ok), (wrong, wanted.message)
     if wanted.top1 is not None and wanted.top1.counted:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import foldexport
-from foldexport.errors import EquivalenceError
+import foldexport.api
+from foldexport.certify.alone import refuse_other_way
+from foldexport.errors import EquivalenceError, ModelError, UsageError
+from foldexport.probes import make
 from foldexport.trace import calling, trace
 from tests.hand_folds import IMAGE, copy_of, run
 from tests.statistics import randomise
@@ -118,11 +120,115 @@ def test_fold_compares_with_what_was_traced(monkeypatch):
     module = nn.DataParallel(randomise(Doubled(), 0))
     honest = foldexport.api.trace
 
-    def mistaken(*args):
-        graph = honest(*args)
+    def mistaken(*args, **options):
+        graph = honest(*args, **options)
         graph.tensors["conv.bias"] = graph.tensors["conv.bias"] + 0.01
         return graph
 
     monkeypatch.setattr(foldexport.api, "trace", mistaken)
     with pytest.raises(EquivalenceError, match="differs from its trace"):
         foldexport.fold(module, IMAGE)
+
+
+class Rectified(nn.Module):
+    """Rectifies its input first, or its trace lost that."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first, self.conv = first, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.relu(x) if self.first else x).mean((2, 3))
+
+
+def test_a_trace_that_is_right_for_positive_inputs_only_is_found():
+    module, other = Rectified(True).eval(), Rectified(False).eval()
+    other.load_state_dict(module.state_dict())
+    graph = trace(other, IMAGE)
+    assert run(graph, copy_of(graph), module=other).require().trace == ""
+    certificate = run(graph, copy_of(graph), module=module)
+    assert not certificate.failures and "the module's output mean differs from its trace" in certificate.trace
+
+
+def deep(layers: int = 40) -> nn.Sequential:
+    blocks = [(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU6(inplace=True)) for _ in range(layers)]
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return randomise(nn.Sequential(nn.Conv2d(3, 4, 3), *(layer for block in blocks for layer in block), *last), 0)
+
+
+def test_a_trace_that_is_wrong_where_no_output_shows_it_is_found():
+    module = deep()
+    graph = trace(module, IMAGE)
+    assert run(graph, copy_of(graph), module=module).require().trace == ""
+    graph.tensors["2.bias"] = graph.tensors["2.bias"].clone()
+    with torch.no_grad():
+        module[2].bias[1] += 0.01
+        wanted, found = module(IMAGE + 1), deep()(IMAGE + 1)
+    assert float((wanted - found).abs().max()) <= 1e-5 * float(found.abs().max()), "the outputs show it"
+    certificate = run(graph, copy_of(graph), module=module)
+    assert certificate.trace.startswith("the module's layer '2' differs from its trace by 0.0")
+
+
+class Unusual(nn.Module):
+    """Layers that are written into, called twice, skipped, hooked, or the same under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.twice, self.idle = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.other, self.hooked = self.twice, nn.Conv2d(4, 4, 1)
+        self.hooked.register_forward_hook(lambda layer, given, result: result * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y[:, 1] = 3.0
+        y.mul_(2)
+        return self.hooked(self.twice(self.other(y.relu_()))).mean((2, 3))
+
+
+def test_layers_that_are_used_in_unusual_ways_are_no_false_alarm():
+    module = randomise(Unusual(), 0)
+    graph = trace(module, IMAGE)
+    assert run(graph, copy_of(graph), module=module).require().trace == ""
+    assert not nn.modules.module._global_forward_hooks
+
+
+class OneOrMore(nn.Module):
+    """Something else for one sample alone."""
+
+    def __init__(self, alone: float) -> None:
+        super().__init__()
+        self.conv, self.norm, self.alone = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y * self.alone if x.shape[0] == 1 else y
+
+
+def test_a_network_that_branches_on_a_batch_of_one_is_refused_by_that_name():
+    with pytest.raises(UsageError, match="OneOrMore computes something else at a batch of 1 than at a batch of 2"):
+        foldexport.fold(randomise(OneOrMore(1.5), 0), IMAGE[:1])
+    assert foldexport.fold(randomise(OneOrMore(1.0), 0), IMAGE[:1]).certificate.ok
+
+
+def test_a_trace_that_is_wrong_at_every_batch_is_no_matter_of_one():
+    module = randomise(OneOrMore(1.0), 0)
+    graph = trace(module, IMAGE)
+    with torch.no_grad():
+        module.conv.bias += 1.0
+    graph.tensors["conv.bias"] = graph.tensors["conv.bias"] - 1.0
+    refuse_other_way(graph, make(graph))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [(lambda y: y + torch.randn(2), "Draw only where self.training"), (nn.functional.dropout, "Pass `training=self.training`")],
+    ids=["randn", "dropout"],
+)
+def test_the_advice_about_random_operators_is_about_those(source, said):
+    class Random(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return source(super().forward(x).mean((1, 2, 3))[:2])
+
+    with pytest.raises(ModelError, match=said) as caught:
+        foldexport.fold(Random(nn.Conv2d(3, 2, 1)).eval(), IMAGE)
+    assert ("training=self.training" in str(caught.value)) == (source is nn.functional.dropout)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from foldexport.certify import unvisited
 from foldexport.certify.lockstep import Schedule
 from foldexport.certify.rounding import worst_conditioned
 from foldexport.fold.rebuild import Program
@@ -73,7 +74,8 @@ def parts(values: list[str], *, rectified: bool) -> list[Record]:
 
 
 @pytest.fixture
-def case() -> tuple[Graph, Program]:
+def case(monkeypatch) -> tuple[Graph, Program]:
+    monkeypatch.setattr(unvisited, "FACTORS", ())  # the bias of 100 passes the ReLU for inputs of usual size only
     module = randomise(Residual(), 0)
     graph, root = trace(module.eval(), IMAGE), layers(module)
     names = {node.meta.get("module"): node.name for node in graph.fx.nodes if node.op == "call_function" and "conv" in node.name}
@@ -97,6 +99,12 @@ def test_parts_that_hold_are_proved(case):
     certificate = run(graph, program)
     assert certificate.ok and certificate.end_to_end.error < 1e-12
     assert certificate.n_nodes == 4 and certificate.n_values == 3
+
+
+def test_a_chain_that_holds_for_inputs_of_usual_size_only_is_refused(case, monkeypatch):
+    monkeypatch.setattr(unvisited, "FACTORS", (64.0,))
+    failures = run(*case).failures
+    assert {(failure.operator, failure.probe) for failure in failures} == {("relu", "normal times 64")}
 
 
 @pytest.mark.parametrize(("row", "carried", "channel"), [(1, False, 1), (4, True, 2), (9, True, 0)])

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import foldexport
+from foldexport import interpret, probes
 from foldexport.certify import EndToEnd, sensitivity
-from foldexport.certify.sensitivity import moved_by_rounding
+from foldexport.certify.rounding import rounding
+from foldexport.certify.sensitivity import expected_noise, moved_by_rounding
 from foldexport.errors import EquivalenceError
 from foldexport.trace import trace
 from tests.statistics import randomise
@@ -58,3 +60,30 @@ def test_a_calm_network_is_allowed_no_more_for_it(monkeypatch):
 
 def test_what_is_allowed_is_in_proportion():
     assert EndToEnd(2e-9, 1e-9, "y", [], {}, {}).ok is False
+
+
+def test_on_a_calm_network_the_expected_noise_is_the_usual():
+    """Within its own spread: so a probe that is read in it is judged as strictly as by the noise of all probes."""
+    net = nn.Sequential(*[nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(4)])
+    graph = trace(randomise(net, 0), torch.zeros(2, 4, 8, 8))
+    usual = rounding(graph, {}, probes.noise_probes(graph)).levels[0]
+    for probe in probes.noise_probes(graph, seed=7):
+        (there,) = expected_noise(graph, probe.inputs, interpret.outputs(graph, probe.inputs))
+        assert 0.25 * usual < there < 3 * usual
+
+
+class Cancels(nn.Module):
+    """One of its two outputs adds a thousand and takes it off again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x + 1e3) - 1e3, 2 * x
+
+
+def test_the_expected_noise_is_that_of_float32_where_terms_cancel():
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    graph = trace(Cancels().eval(), x.float())
+    wanted = interpret.outputs(graph, (x,))
+    there, plain = expected_noise(graph, (x,), wanted)
+    found = interpret.outputs(graph, (x,), torch.float32)[0]
+    error = float((found - wanted[0]).square().mean().sqrt() / wanted[0].abs().max())
+    assert 0.5 * error < there < 4 * error and error > 1e-5 and plain < 2**-23

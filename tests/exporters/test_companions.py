@@ -161,7 +161,7 @@ def test_verify_reads_both(made, tmp_path):
     assert result.code == 4 and "SHA-256 of net.bin differs" in result.out
     (tmp_path / "net.bin").unlink()
     result = foldexport("verify", tmp_path / "net.manifest.json")
-    assert result.code == 2 and "net.bin is not beside" in result.message
+    assert result.code == 4 and "net.bin is not beside" in result.out
 
 
 def test_bench_counts_both_and_misses_one(made, tmp_path):

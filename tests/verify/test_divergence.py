@@ -233,3 +233,43 @@ def test_inner_values_are_those_of_the_module(tmp_path):
         conv = next(each for each in inner.operators if "stem.weight" in each.weights)
         value = inner.run([conv.output], [EXAMPLE[0].numpy()])[0]
         np.testing.assert_allclose(value, module.stem(EXAMPLE[0]).detach().numpy(), atol=1e-5)
+
+
+def clamped(layers: int = 100) -> fx.GraphModule:
+    """Outputs that show nothing of the first layer."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(4 if place else 3, 4, 3, padding=1), nn.ReLU6()) for place in range(layers)]
+    network = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return fx.symbolic_trace(network).eval()
+
+
+@pytest.mark.parametrize("bound", [6.0, 5.0])
+def test_what_no_output_shows_is_found_inside(bound, tmp_path):
+    """Planted: the first clamp has another bound, which is no weight, and 99 layers hide it."""
+    module, exporter = clamped(), OnnxExporter()
+    path = exported(exporter, module, tmp_path)
+    model = onnx.load(path)
+    clip = next(node for node in model.graph.node if node.op_type == "Clip")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(bound, np.float32), "mine"))
+    clip.input[2] = "mine"
+    onnx.save(model, path)
+    found = reference(trace(module, EXAMPLE), EXAMPLE, ExportOptions()).compare(exporter, path, module)
+    assert found.noise_multiple < 4, "the outputs show it"
+    assert found.ok == (bound == 6.0), found.message
+    assert found.ok or "inner values do not: first differs in `0.1`" in found.message
+
+
+def test_a_value_that_was_taken_for_another_is_no_mistake(monkeypatch, tmp_path):
+    """What reads it is right then."""
+    module, exporter = clamped(12), OnnxExporter()
+    path = exported(exporter, module, tmp_path)
+    honest = divergence._Search.judge
+
+    def mistaken(self, points):
+        found = honest(self, points)
+        for point in list(found)[3:4]:
+            found[point] = self.judged[point] = divergence.Judged(0.5, 1e-6, 1.0)
+        return found
+
+    monkeypatch.setattr(divergence._Search, "judge", mistaken)
+    assert divergence.hidden(exporter, path, module, EXAMPLE) == ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from foldexport import interpret, verify
 from foldexport.exporters.options import ExportOptions
 from foldexport.trace import trace
 from foldexport.verify import Comparison, compare
@@ -132,3 +135,36 @@ def test_the_factor_is_the_noise_of_that_probe_alone():
         for name, factors in ways.items()
     }
     assert found["planted"].noise_multiple == pytest.approx(3 * found["rounds worse there"].noise_multiple)
+
+
+class Classes(nn.Module):
+    """A map of the largest of six scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 6, 1))
+
+    def forward(self, x):
+        return self.layers(x).argmax(1)
+
+
+def test_a_map_of_classes_is_judged_by_what_its_type_changes():
+    """bfloat16 moves some classes of any network, in whoever runs it; a wrong bias moves more."""
+    torch.manual_seed(0)
+    network, example = Classes().eval(), (torch.randn(1, 3, 24, 24),)
+    graph = trace(network, example)
+    found = reference(graph, example, ExportOptions(), unit="bf16",
+                      low=lambda inputs: interpret.outputs(graph, inputs, torch.bfloat16))  # fmt: skip
+    assert 2 * verify.DISCRETE_DIFFERENCES < found.discrete[0] < verify.DISCRETE_MOST
+    assert found.golden["discrete"] == found.discrete
+    assert reference(graph, example, ExportOptions()).discrete == [verify.DISCRETE_DIFFERENCES]
+
+    def judged(wrong: nn.Module) -> verify.Comparison:
+        run = lambda x: [wrong(torch.from_numpy(x).bfloat16()).detach().numpy()]  # noqa: E731
+        return verify.compare(found.outputs, run, found.inputs, 1e-3, format="f", label="l", discrete=found.discrete)
+
+    narrow = copy.deepcopy(network).bfloat16()
+    assert judged(narrow).ok
+    with torch.no_grad():
+        narrow.layers[2].bias[1] += 0.3
+    assert "differs in" in judged(narrow).message

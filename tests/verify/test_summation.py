@@ -66,3 +66,26 @@ def test_the_usual_probes_keep_their_unit() -> None:
     example = (torch.randn(1, 3, 64, 64),)
     found = reference(trace(network, example), example, ExportOptions())
     assert sum(factors == [1.0] for factors in found.factors) >= len(found.factors) - 3
+
+
+def test_one_lane_is_what_openvino_has_and_hides_no_mistake(tmp_path) -> None:
+    """A faultless file of a wide average passes; one weight row off by a thousandth does not, nor would the file by four lanes."""
+    pytest.importorskip("openvino")
+    from foldexport.exporters.open_vino import OpenVinoExporter
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()  # fmt: skip
+    example = (torch.randn(1, 3, 192, 192),)
+    found = reference(trace(network, example), example, ExportOptions(dynamic=()), multiply_adds=10**10)
+    exporter = OpenVinoExporter()
+    exporter.export(network, example, tmp_path / "net.xml", ExportOptions(dynamic=()))
+    passed = found.compare(exporter, tmp_path / "net.xml", network)
+    assert passed.ok and passed.probes >= 2 and passed.units, passed
+    exporter.lanes = 4
+    assert not found.compare(exporter, tmp_path / "net.xml", None).ok, "the probes do not tell one lane from four"
+    with torch.no_grad():
+        network[0].weight[0] *= 1.001
+    exporter.lanes = 1
+    exporter.export(network, example, tmp_path / "net.xml", ExportOptions(dynamic=()))
+    assert found.compare(exporter, tmp_path / "net.xml", None).noise_multiple > 100

@@ -295,3 +295,54 @@ def test_a_tolerance_of_the_user_takes_the_place_of_the_noise():
     found = compared(N32, tolerance=tight)
     assert compared(N32).ok and not found.ok and "(allowed: 1e-09)" in found.message
     assert not compared(math.nan, at=(0, 0, 0, 1), tolerance=loose).ok
+
+
+# ---- probes on which the network itself is badly conditioned
+
+
+def units_of(error: float, there: float, probes: int = 2) -> verify.Comparison:
+    """A file that is off by ``error`` of the peak on the last probe, where the noise is ``there`` and 1e-7 elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = [torch.randn(1, 1000, generator=generator, dtype=torch.float64) for _ in range(probes)]
+    off = [each + (error * each.abs().max() if place == probes - 1 else 0.0) for place, each in enumerate(wanted)]
+    outputs = iter(off)
+    return verify.compare(
+        [[each] for each in wanted], lambda *_: [next(outputs).numpy()], [()] * probes, 1e-7, format="f", label="l",
+        noise_there=lambda place: [[there]],
+    )  # fmt: skip
+
+
+def test_a_probe_that_reads_high_is_read_in_its_own_noise():
+    assert not units_of(1e-5, 1e-7).ok, "a probe like the others has the usual unit"
+    found = units_of(3e-6, 2e-6)
+    assert found.ok and found.noise_multiple == pytest.approx(1.5, rel=0.01) and found.units == {1: [2e-6]} and found.probes == 2
+    assert units_of(3e-7, 2e-6).units == {}, "nobody asks where the usual unit reads below the warning"
+    assert not units_of(3e-5, 2e-6).ok, "a mistake"
+
+
+def test_a_probe_that_shows_nothing_fails_and_does_not_prove():
+    found = units_of(3e-5, 1e-5)
+    assert found.ok and found.left_out == ["1"] and found.probes == 1
+    assert not units_of(1e-3, 1e-5).ok, "wrong in any unit"
+    alone = units_of(3e-5, 1e-5, probes=1)
+    assert not alone.ok and "no input that shows anything" in alone.message
+
+
+# ---- maps of classes
+
+
+def classes_differing(share: float, runs: int = 4, allowed: float | None = None) -> verify.Comparison:
+    """A map of 10,000 classes per run, of which the first run differs in ``share`` of all."""
+    wanted = [torch.zeros(1, 100, 100, dtype=torch.int64) for _ in range(runs)]
+    found = [each.numpy().copy() for each in wanted]
+    found[0].reshape(-1)[: round(share * runs * 10_000)] = 1
+    outputs = iter(found)
+    discrete = None if allowed is None else [verify.allowed_share(allowed)]
+    return verify.compare([[each] for each in wanted], lambda: [next(outputs)], [()] * runs, 1e-7, format="f", label="l",
+                          discrete=discrete)  # fmt: skip
+
+
+def test_classes_are_counted_over_all_probes():
+    assert classes_differing(1e-4).ok and not classes_differing(2e-4).ok
+    assert classes_differing(7e-3, allowed=1e-3).ok and not classes_differing(9e-3, allowed=1e-3).ok
+    assert not classes_differing(0.3 / 4, runs=4, allowed=0.0).ok and verify.allowed_share(0.9) == verify.DISCRETE_MOST
