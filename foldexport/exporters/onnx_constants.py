@@ -1,7 +1,7 @@
 """Numbers that torch.onnx's optimiser takes for 0 or 1: it drops ``x + c`` for ``|c| ≤ 1e-8`` and ``x·c`` for ``|c − 1| ≤ 1e-5``.
 
-It compares with a tolerance (``onnxscript.rewriter``, rules ``add_0``, ``sub_0``, ``mul_by_1``, ``div_by_1``), but scalars only. The
-ε of ``x / (Σ|x| + 1e-8)`` is such a number; without it a black image is 0/0. As vectors of one element they stay.
+It compares with a tolerance (``onnxscript.rewriter``, rules ``add_0``, ``sub_0``, ``mul_by_1``, ``div_by_1``), but scalars only.
+The ε of ``x / (Σ|x| + 1e-8)`` is such a number; without it a black image is 0/0. As vectors of one element they stay.
 """
 
 from __future__ import annotations

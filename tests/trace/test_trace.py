@@ -252,7 +252,8 @@ def test_an_example_that_is_no_tensor(example):
 
 
 def test_a_shape_that_the_network_rejects():
-    with pytest.raises(UsageError, match=r"rejects input shape 1x4x32x32: it takes 3 channels, this input has 4.*by --input-shape or --data"):
+    rejected = r"rejects input shape 1x4x32x32: it takes 3 channels, this input has 4.*by --input-shape or --data"
+    with pytest.raises(UsageError, match=rejected):
         trace(network(), torch.randn(1, 4, 32, 32))
 
 
