@@ -23,7 +23,7 @@ from torch import nn
 from foldexport.benchmark import files, plan
 from foldexport.benchmark.contest import Settings, hold
 from foldexport.benchmark.runtimes import RUNTIMES
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 
 SHAPE = (1, 3, 32, 32)
 WIDTH, DEPTH = 16, 10

@@ -26,7 +26,7 @@ from torch import nn
 import foldexport
 from foldexport import interpret, probes
 from foldexport.certify.rounding import Errors
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.precision.emulate import folded_run, own_run
 from foldexport.precision.prepare import prepare
 from foldexport.precision.ranges import measure

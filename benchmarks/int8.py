@@ -18,7 +18,7 @@ import torch
 
 import foldexport
 from foldexport import interpret
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.precision import int8
 from foldexport.recognise import recognise

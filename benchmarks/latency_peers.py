@@ -39,7 +39,7 @@ from torch import nn
 
 import foldexport
 from foldexport.benchmark import statistics
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from tests.statistics import randomise
 from tests.torchvision_schemas import declare_missing

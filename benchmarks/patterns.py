@@ -32,7 +32,7 @@ import peers
 import torch
 
 import foldexport
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from tests.fold.blocks import BLOCKS, CONTROLS
 from tests.fold.checks import operators

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from foldexport.exporters.onnx import quiet
+from foldexport.exporters.onnx.exporter import quiet
 
 METHODS = ("reparameterize", "fuse", "switch_to_deploy")
 OPSET = 21  # the first with group norm as one operator, so that none of its own steps is taken for one of the network's

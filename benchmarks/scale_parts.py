@@ -14,7 +14,7 @@ import torch
 from scale_networks import unet, wide
 
 import foldexport
-from foldexport.exporters import onnx
+from foldexport.exporters.onnx import exporter as onnx
 from tests.statistics import randomise
 from tests.torchvision_schemas import declare_missing
 

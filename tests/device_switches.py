@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from foldexport import device
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 
 OWNERS = {
     "cuda matmul": lambda: torch.backends.cuda.matmul, "cudnn conv": lambda: torch.backends.cudnn.conv,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from foldexport.benchmark import environment, library, runtimes
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from tests.command import foldexport, save_dirac, save_plain
 
 QUICK = ("--threads", 1, "--rounds", 2, "--processes", 2, "--seconds", 0.02)

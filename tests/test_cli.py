@@ -19,7 +19,7 @@ import torch
 
 from foldexport import exporters
 from foldexport.artifact import sha256
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.fold.rebuild import rebuild
 from tests.command import PLAIN, Result, files, foldexport, save_dirac, save_plain, tiny
 

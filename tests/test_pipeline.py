@@ -16,8 +16,8 @@ from foldexport.arch import load_arch
 from foldexport.destination import plan
 from foldexport.errors import EquivalenceError, MissingDependencyError, ModelError, UsageError
 from foldexport.exporters import resolve
-from foldexport.exporters.onnx import OnnxExporter
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.verify import Tolerance
 from tests.command import PLAIN, files, save_dirac, save_plain, tiny
 from tests.statistics import randomise

@@ -108,7 +108,7 @@ FORMATS: dict[str, Format] = {
     for row in (
         Format(
             name="onnx",
-            target="foldexport.exporters.onnx:OnnxExporter",
+            target="foldexport.exporters.onnx.exporter:OnnxExporter",
             suffix=".onnx",
             aliases=("onnxruntime",),
             packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
@@ -118,7 +118,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="torchscript",
-            target="foldexport.exporters.torchscript:TorchScriptExporter",
+            target="foldexport.exporters.torchscript.exporter:TorchScriptExporter",
             suffix=".torchscript.pt",
             aliases=("ts", "jit"),
             packages=("torch",),
@@ -147,7 +147,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="openvino",
-            target="foldexport.exporters.open_vino:OpenVinoExporter",
+            target="foldexport.exporters.openvino.exporter:OpenVinoExporter",
             suffix=".xml",
             companions=(".bin",),
             aliases=("ov", "ir"),
@@ -178,7 +178,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="ort",
-            target="foldexport.exporters.ort:OrtExporter",
+            target="foldexport.exporters.ort.exporter:OrtExporter",
             suffix=".ort",
             aliases=("onnxruntime-mobile",),
             packages=("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim"),
@@ -201,7 +201,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="executorch",
-            target="foldexport.exporters.executorch:ExecuTorchExporter",
+            target="foldexport.exporters.executorch.exporter:ExecuTorchExporter",
             suffix=".pte",
             aliases=("pte", "et"),
             extra="executorch",
@@ -211,7 +211,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="litert",
-            target="foldexport.exporters.litert:LiteRTExporter",
+            target="foldexport.exporters.litert.exporter:LiteRTExporter",
             suffix=".tflite",
             aliases=("tflite", "tensorflow-lite"),
             extra="litert",
@@ -221,7 +221,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="ncnn",
-            target="foldexport.exporters.ncnn:NcnnExporter",
+            target="foldexport.exporters.ncnn.exporter:NcnnExporter",
             suffix=".ncnn.param",
             companions=(".ncnn.bin",),
             extra="ncnn",

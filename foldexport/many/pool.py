@@ -32,7 +32,7 @@ from foldexport.many.plan import Task
 from foldexport.many.result import Result
 from foldexport.many.worker import Job, work
 
-PRELOADED = ("foldexport.cli", "foldexport.pipeline", "foldexport.exporters.onnx")
+PRELOADED = ("foldexport.cli", "foldexport.pipeline", "foldexport.exporters.onnx.exporter")
 STARTING = "starting"
 PATIENCE_S = 10.0  # for a process that was asked to end: what it is in the middle of may be native code
 TICK_S = 0.2

@@ -23,8 +23,8 @@ import torch
 from torch import fx, nn
 
 from foldexport.errors import PrecisionError
-from foldexport.exporters import onnx_model
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx import model as onnx_model
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.fold.rebuild import in_dtype
 from foldexport.precision.equalise import equalised

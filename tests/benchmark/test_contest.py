@@ -17,7 +17,7 @@ from foldexport.benchmark.contest import Case, Settings, check, hold
 from foldexport.benchmark.runtimes import get
 from foldexport.benchmark.worker import Task
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 
 QUICK = Settings(threads=1, seconds=0.02, rounds=3, processes=2)
 

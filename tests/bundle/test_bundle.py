@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 
 from foldexport.bundle import CARD, GOLDEN, SUMS, VERIFY
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.recheck import Checked, require
 from tests.bundle.places import environment, here, verify
 from tests.command import files, foldexport, save_dirac, save_plain

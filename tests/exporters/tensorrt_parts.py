@@ -68,7 +68,7 @@ class Determinant(nn.Module):
 
 def write(module: nn.Module, path: Path, shape: tuple[int, ...] = (1, 3, 16, 16), options: ExportOptions = FIXED) -> dict:
     """The module's ONNX file; returns the initializers."""
-    from foldexport.exporters.onnx import OnnxExporter
+    from foldexport.exporters.onnx.exporter import OnnxExporter
 
     OnnxExporter().export(module.eval(), (torch.randn(shape),), path, options)
     return OnnxExporter().weights(path)

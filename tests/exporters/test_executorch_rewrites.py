@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import executorch_rewrites as rewrites
+from foldexport.exporters.executorch import rewrites
 from tests.exporters.installed import need
 from tests.exporters.test_mobile_weights import Signs
 from tests.statistics import randomise

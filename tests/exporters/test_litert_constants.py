@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import litert_batches, litert_file, litert_rewrites, units
-from foldexport.exporters.litert import LiteRTExporter
+from foldexport.exporters.litert import batches as litert_batches
+from foldexport.exporters.litert import file as litert_file
+from foldexport.exporters.litert import rewrites as litert_rewrites
+from foldexport.exporters.litert import units
+from foldexport.exporters.litert.exporter import LiteRTExporter
 from tests.exporters import formats
 from tests.exporters.installed import need
 from tests.statistics import randomise

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import foldexport
 from foldexport import exporters
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import litert_rewrites, ncnn_file, scales
-from foldexport.exporters.ncnn import NcnnExporter
+from foldexport.exporters import scales
+from foldexport.exporters.litert import rewrites as litert_rewrites
+from foldexport.exporters.ncnn import file as ncnn_file
+from foldexport.exporters.ncnn.exporter import NcnnExporter
 from foldexport.exporters.weights import expected_weights
 from foldexport.exporters.widened import widened
 from foldexport.precision.half import PlainHalf

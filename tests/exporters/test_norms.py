@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import executorch, norms
+from foldexport.exporters.executorch import exporter as executorch
+from foldexport.exporters.executorch import norms
 from tests.exporters.installed import need
 from tests.statistics import randomise
 

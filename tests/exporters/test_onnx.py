@@ -16,8 +16,8 @@ from torch import nn
 
 from foldexport import artifact
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters import onnx as exporter_module
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx import exporter as exporter_module
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from tests.exporters import networks

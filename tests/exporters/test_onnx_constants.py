@@ -10,7 +10,7 @@ from torch import nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import onnx_constants
+from foldexport.exporters.onnx import constants as onnx_constants
 
 
 class Small(nn.Module):

@@ -13,8 +13,8 @@ import torch
 
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
 from foldexport.exporters import get
-from foldexport.exporters.open_vino import OpenVinoExporter
-from foldexport.exporters.openvino_import import openvino as ov
+from foldexport.exporters.openvino.exporter import OpenVinoExporter
+from foldexport.exporters.openvino.importing import openvino as ov
 from foldexport.exporters.options import ExportOptions
 from tests.exporters import formats, networks
 from tests.exporters.formats import EXAMPLE
@@ -93,7 +93,7 @@ def test_a_wrong_weight_in_the_file_is_caught(tmp_path):
 def test_importing_sends_nothing(tmp_path):
     """`import openvino` by itself counts and reports its use; by way of this package it does not."""
     code = (
-        "from foldexport.exporters import open_vino; import sys; from openvino.tools.ovc import telemetry;"
+        "from foldexport.exporters.openvino import exporter; import sys; from openvino.tools.ovc import telemetry;"
         "print(type(telemetry).__module__, 'openvino_telemetry' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from foldexport.errors import EquivalenceError, PrecisionError
-from foldexport.exporters import get, ort_file
+from foldexport.exporters import get
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.ort import OrtExporter
+from foldexport.exporters.ort import file as ort_file
+from foldexport.exporters.ort.exporter import OrtExporter
 from tests.exporters import formats, networks
 from tests.exporters.formats import EXAMPLE
 from tests.exporters.networks import IMAGE

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from foldexport import exporters
 from foldexport.errors import MissingDependencyError
-from foldexport.exporters import onnx_devices
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx import devices as onnx_devices
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.placing import place, why_not
 from tests.exporters import networks
 from tests.exporters.networks import IMAGE

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import foldexport
-from foldexport.exporters.onnx import OnnxExporter
-from foldexport.exporters.rectifiers import signed
+from foldexport.exporters.onnx.exporter import OnnxExporter
+from foldexport.exporters.onnx.rectifiers import signed
 from tests.fold.blocks import BLOCKS
 from tests.fold.layers import chain, conv
 from tests.statistics import randomise
@@ -89,7 +89,7 @@ def test_the_file_has_as_many_operators_and_passes_its_proof(tmp_path) -> None:
 def test_a_sign_that_is_lost_is_caught(tmp_path, monkeypatch) -> None:
     """Planted: one reader does not get the sign."""
     from foldexport.errors import EquivalenceError
-    from foldexport.exporters import rectifiers
+    from foldexport.exporters.onnx import rectifiers
 
     plain = rectifiers._rewrite
     monkeypatch.setattr(rectifiers, "_rewrite", lambda module, node, signs, targets: plain(module, node, signs, targets[1:]))

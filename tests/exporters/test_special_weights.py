@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import EquivalenceError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.weights import expected_weights, match_weights
 from tests.statistics import randomise
 

@@ -13,7 +13,7 @@ from torch import nn
 import foldexport
 from foldexport import exporters
 from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, UsageError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.tensorrt import driver, flavour
 from foldexport.exporters.tensorrt.exporter import TensorRTExporter

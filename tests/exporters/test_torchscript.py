@@ -15,7 +15,7 @@ from torch import nn
 
 from foldexport.errors import EquivalenceError, UsageError
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.exporters.weights import expected_weights, match_weights
 from tests.exporters import networks
 from tests.exporters.networks import IMAGE

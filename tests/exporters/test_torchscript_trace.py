@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import torchscript_trace
+from foldexport.exporters.torchscript import recording as torchscript_trace
 from tests.statistics import randomise
 
 EXAMPLE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import nn
 import foldexport
 from foldexport import interpret, samples
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.precision import equalise, int8
 from foldexport.precision.quantised import half_a_step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import foldexport
 from foldexport.errors import UsageError
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.precision import kept
 from foldexport.precision.prepare import prepare
 from foldexport.precision.types import HALF

@@ -8,7 +8,7 @@ import torch
 
 import foldexport
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.precision import int8
 from tests.command import files
 from tests.precision.networks import Trunk, folded

@@ -15,10 +15,10 @@ import foldexport
 from foldexport import exporters
 from foldexport.api import in_precision
 from foldexport.errors import PrecisionError, UsageError
-from foldexport.exporters import onnx_types
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx import types as onnx_types
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.precision.readback import delivered, require_delivered
 from tests.exporters import networks
 from tests.precision.networks import Large, Trunk, folded

@@ -13,9 +13,9 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.precision.half import in_half
 from foldexport.precision.types import HALF
 from foldexport.trace import trace

@@ -16,7 +16,7 @@ import foldexport
 from foldexport import device, exporters, interpret, pipeline, recheck
 from foldexport.errors import EquivalenceError, MissingDependencyError
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.precision.emulate import own_run
 from foldexport.precision.types import HALF
 from foldexport.verify import on_device

@@ -8,7 +8,7 @@ from torch import nn
 
 import foldexport
 from foldexport import interpret
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.trace import trace
 from foldexport.verify import summation
@@ -71,7 +71,7 @@ def test_the_usual_probes_keep_their_unit() -> None:
 def test_one_lane_is_what_openvino_has_and_hides_no_mistake(tmp_path) -> None:
     """A faultless file of a wide average passes; one weight row off by a thousandth does not, nor would the file by four lanes."""
     pytest.importorskip("openvino")
-    from foldexport.exporters.open_vino import OpenVinoExporter
+    from foldexport.exporters.openvino.exporter import OpenVinoExporter
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),

@@ -13,9 +13,9 @@ from torch import nn
 
 from foldexport import artifact, verify
 from foldexport.errors import EquivalenceError
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
-from foldexport.exporters.torchscript import TorchScriptExporter
+from foldexport.exporters.torchscript.exporter import TorchScriptExporter
 from foldexport.exporters.weights import expected_weights, match_weights
 from tests.exporters import networks
 from tests.exporters.networks import IMAGE, N32

@@ -15,8 +15,8 @@ def executorch(path: Path, arrays: Sequence[np.ndarray], threads: int, device: s
     """The program, whose threads are those of the process. Raises ValueError for a batch that it does not take."""
     import torch
 
-    from foldexport.exporters import executorch_file
-    from foldexport.exporters.executorch import ExecuTorchExporter
+    from foldexport.exporters.executorch import file as executorch_file
+    from foldexport.exporters.executorch.exporter import ExecuTorchExporter
 
     execute = ExecuTorchExporter().method(path, threads)
     lowest, highest = executorch_file.batches(path)
@@ -28,7 +28,7 @@ def executorch(path: Path, arrays: Sequence[np.ndarray], threads: int, device: s
 
 def litert(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:
     """The interpreter, resized once to the inputs, which are copied in."""
-    from foldexport.exporters.litert import LiteRTExporter
+    from foldexport.exporters.litert.exporter import LiteRTExporter
 
     interpreter, inputs, outputs = LiteRTExporter().interpreter(path, [array.shape for array in arrays], threads)
     for index, array in zip(inputs, arrays, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from foldexport.benchmark.runtimes import Ready
-from foldexport.exporters.openvino_import import openvino as ov
+from foldexport.exporters.openvino.importing import openvino as ov
 
 
 def load(path: Path, arrays: Sequence[np.ndarray], threads: int, device: str) -> Ready:

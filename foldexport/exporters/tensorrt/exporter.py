@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from foldexport.artifact import sha256
 from foldexport.errors import CheckpointError, EquivalenceError, MissingDependencyError, PrecisionError, UsageError
-from foldexport.exporters import onnx as onnx_format
 from foldexport.exporters import scales
+from foldexport.exporters.onnx import exporter as onnx_format
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.tensorrt import batches, driver, known, layers, messages
 from foldexport.exporters.tensorrt import flavour as flavours

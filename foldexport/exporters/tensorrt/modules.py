@@ -62,7 +62,7 @@ def onnx_nodes(metadata: str) -> list[str]:
 def origin(node: str, module: nn.Module, scopes: Callable[[], dict[str, tuple[str, str, str]]], modules: NodeModules) -> str:
     """Where a node comes from, as a message says it: "in `head.odd`", "behind `stem`", or nothing.
 
-    scopes: of `foldexport.exporters.onnx.scopes`, asked only here since it writes the graph once more.
+    scopes: of `foldexport.exporters.onnx.exporter.scopes`, asked only here since it writes the graph once more.
     """
     if modules.of(node):
         return f"in `{modules.of(node)}`"

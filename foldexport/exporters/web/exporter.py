@@ -16,9 +16,10 @@ import numpy as np
 from torch import nn
 
 from foldexport.errors import EquivalenceError
-from foldexport.exporters import onnx_inner, sizes
+from foldexport.exporters import sizes
 from foldexport.exporters.inner import Inner
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx import inner as onnx_inner
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.web import node
 from foldexport.exporters.web.session import WebSession

@@ -24,8 +24,14 @@ from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import onnx_constants, onnx_devices, onnx_inner, onnx_model, onnx_types, rectifiers, sizes
+from foldexport.exporters import sizes
 from foldexport.exporters.inner import Inner
+from foldexport.exporters.onnx import constants as onnx_constants
+from foldexport.exporters.onnx import devices as onnx_devices
+from foldexport.exporters.onnx import inner as onnx_inner
+from foldexport.exporters.onnx import model as onnx_model
+from foldexport.exporters.onnx import rectifiers
+from foldexport.exporters.onnx import types as onnx_types
 from foldexport.exporters.options import FLOATS, ExportOptions
 from foldexport.exporters.weights import expected_weights, match_weights
 from foldexport.threads import share

@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx
 
-from foldexport.exporters import onnx_inner, ort_file
 from foldexport.exporters.inner import Inner
+from foldexport.exporters.onnx import inner as onnx_inner
+from foldexport.exporters.ort import file as ort_file
 
 NAMED = frozenset({"FusedConv", "FusedGemm"})  # have an attribute that says which
 WITH_BIAS = frozenset({"BiasGelu", "FastGelu"})

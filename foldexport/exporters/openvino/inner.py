@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from foldexport.exporters.inner import Inner, Row, operators_of
-from foldexport.exporters.openvino_import import openvino as ov
+from foldexport.exporters.openvino.importing import openvino as ov
 
 PASSING = frozenset({"Convert"})
 SIZES = frozenset({"ShapeOf"})

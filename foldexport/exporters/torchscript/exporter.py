@@ -21,9 +21,12 @@ from torch.utils import _pytree as pytree
 
 from foldexport.device import IEEE, full_float32
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import archive, sizes, torchscript_inner, torchscript_trace
+from foldexport.exporters import sizes
 from foldexport.exporters.inner import Inner
 from foldexport.exporters.options import FLOATS, ExportOptions
+from foldexport.exporters.torchscript import archive
+from foldexport.exporters.torchscript import inner as torchscript_inner
+from foldexport.exporters.torchscript import recording as torchscript_trace
 from foldexport.exporters.weights import as_array
 
 PRODUCTS = frozenset({"aten::_convolution", "aten::convolution", "aten::linear", "aten::addmm", "aten::matmul"} | {

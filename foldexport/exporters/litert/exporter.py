@@ -15,8 +15,12 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, PrecisionError, UsageError
-from foldexport.exporters import asked, litert_batches, litert_file, litert_inner, litert_rewrites, places, sizes
+from foldexport.exporters import asked, places, sizes
 from foldexport.exporters.inner import Inner
+from foldexport.exporters.litert import batches as litert_batches
+from foldexport.exporters.litert import file as litert_file
+from foldexport.exporters.litert import inner as litert_inner
+from foldexport.exporters.litert import rewrites as litert_rewrites
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from foldexport.exporters import onnx_types
 from foldexport.exporters.inner import Inner, Row, operators_of
+from foldexport.exporters.onnx import types as onnx_types
 
 PASSING = frozenset({"Identity", "Cast", "Dropout"})
 SIZES = frozenset({"Shape", "Size"})

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from foldexport.exporters import litert_file
 from foldexport.exporters.inner import Inner, Row, operators_of
+from foldexport.exporters.litert import file as litert_file
 
 PADS = ("PAD", "PADV2")
 LAYOUT = "layout"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from foldexport.exporters.inner import Inner, Row, operators_of
-from foldexport.exporters.ncnn_file import CONVOLUTIONS, Layer
+from foldexport.exporters.ncnn.file import CONVOLUTIONS, Layer
 
 PASSING = frozenset({"Split", "Noop", "Dropout"})
 FUSING = CONVOLUTIONS | {"InnerProduct"}

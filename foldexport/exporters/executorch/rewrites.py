@@ -1,7 +1,7 @@
 """Operators in a form of the same values that ExecuTorch runs better.
 
 A split makes a list of tensors, which ExecuTorch does not resize to another batch; slices are resized. A clamp with bounds for each
-channel is a maximum and a minimum, which XNNPACK takes. Norms: :mod:`foldexport.exporters.norms`.
+channel is a maximum and a minimum, which XNNPACK takes. Norms: :mod:`foldexport.exporters.executorch.norms`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from foldexport.exporters import ncnn_clamps, norms
+from foldexport.exporters.executorch import norms
+from foldexport.exporters.ncnn import clamps as ncnn_clamps
 
 ATEN = torch.ops.aten
 

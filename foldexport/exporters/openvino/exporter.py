@@ -18,10 +18,10 @@ import numpy as np
 from torch import nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import openvino_inner
 from foldexport.exporters.inner import Inner
-from foldexport.exporters.onnx import OnnxExporter
-from foldexport.exporters.openvino_import import openvino as ov
+from foldexport.exporters.onnx.exporter import OnnxExporter
+from foldexport.exporters.openvino import inner as openvino_inner
+from foldexport.exporters.openvino.importing import openvino as ov
 from foldexport.exporters.options import FLOATS, ExportOptions
 
 PRODUCTS = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"})

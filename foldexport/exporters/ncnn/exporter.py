@@ -20,9 +20,12 @@ from torch import nn
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, ncnn_clamps, ncnn_file, ncnn_inner, places, sizes
+from foldexport.exporters import asked, places, sizes
 from foldexport.exporters.inner import Inner
-from foldexport.exporters.ncnn_file import ARRAY_KEY, UNREAD, Blob, Layer, Unreadable
+from foldexport.exporters.ncnn import clamps as ncnn_clamps
+from foldexport.exporters.ncnn import file as ncnn_file
+from foldexport.exporters.ncnn import inner as ncnn_inner
+from foldexport.exporters.ncnn.file import ARRAY_KEY, UNREAD, Blob, Layer, Unreadable
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.widened import halves, widened

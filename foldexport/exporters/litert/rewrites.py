@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from foldexport.exporters import dataless, scales, units
+from foldexport.exporters import scales
+from foldexport.exporters.litert import dataless, units
 
 LOWEST = torch.finfo(torch.float32).min
 

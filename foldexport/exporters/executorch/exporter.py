@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from foldexport import threads as shared
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import asked, executorch_file, executorch_rewrites, places, scales
+from foldexport.exporters import asked, places, scales
+from foldexport.exporters.executorch import file as executorch_file
+from foldexport.exporters.executorch import rewrites as executorch_rewrites
 from foldexport.exporters.options import ExportOptions
 from foldexport.exporters.silence import silenced
 from foldexport.exporters.tensorrt.batches import fitted

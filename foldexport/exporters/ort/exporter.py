@@ -18,10 +18,12 @@ import onnxruntime
 from torch import nn
 
 from foldexport.errors import EquivalenceError, UsageError
-from foldexport.exporters import ort_file, ort_inner, sizes
+from foldexport.exporters import sizes
 from foldexport.exporters.inner import Inner
-from foldexport.exporters.onnx import OnnxExporter
+from foldexport.exporters.onnx.exporter import OnnxExporter
 from foldexport.exporters.options import ExportOptions
+from foldexport.exporters.ort import file as ort_file
+from foldexport.exporters.ort import inner as ort_inner
 
 PRODUCTS = frozenset({"Conv", "FusedConv", "ConvTranspose", "MatMul", "Gemm", "FusedMatMul", "FusedGemm"})
 LEVELS = onnxruntime.GraphOptimizationLevel

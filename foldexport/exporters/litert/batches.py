@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from foldexport.exporters import litert_file
+from foldexport.exporters.litert import file as litert_file
 
 RESHAPE, SLICE = 22, 65
 SIZES = {RESHAPE: 1, SLICE: 2}  # the input that holds them

@@ -1,0 +1,1 @@
+"""LiteRT, the format of TensorFlow Lite."""

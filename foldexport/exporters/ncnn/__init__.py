@@ -1,0 +1,1 @@
+"""ncnn's text and weights, through PNNX."""

@@ -1,0 +1,1 @@
+"""onnxruntime's own format, for its mobile and minimal builds."""
