@@ -73,6 +73,13 @@ def test_same_bytes_from_another_process_and_folder(made, tmp_path):
     assert other.read_bytes() == made[1].read_bytes()
 
 
+@pytest.mark.parametrize("digest", ["caaa", "czzz"])
+def test_the_order_of_sources_is_not_that_of_their_digests(digest):
+    """A digest of the build folder's name is part of what a kernel's source is called."""
+    sources = {f"{package.MODEL}{digest}.kernel.cpp": "// /tmp/build/x\nkernel", f"{package.MODEL}cmmm.wrapper.cpp": "wrapper"}
+    assert package._stems(sources, "/tmp/build") == [digest, "cmmm"]
+
+
 def test_code_for_avx2_at_most(made, tmp_path):
     """The exporting processor may have AVX-512, whose registers are called zmm."""
     if not shutil.which("objdump"):

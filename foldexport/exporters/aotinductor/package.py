@@ -26,7 +26,7 @@ MODEL = "data/aotinductor/model/"
 TABLE = "extra/weights.json"
 DROPPED = re.compile(r"\.cpp$|(^|/)\.data/serialization_id$")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip
-STEM = re.compile(rf"{MODEL}(\w+)\.(?:wrapper|kernel)\.cpp$")
+STEM = re.compile(rf"{MODEL}(\w+)\.(wrapper|kernel)\.cpp$")
 FIELD = re.compile(r'constants_info_\[(\d+)\]\.(name|dtype|offset|data_size|shape|stride|original_fqn) = "?([^;"]*)"?;')
 #: The note in which linkers put a digest of the library: lengths of owner and content, kind 3, "GNU".
 BUILD_ID = re.compile(rb"(\x04\0\0\0(?:\x14|\x10|\x08)\0\0\0\x03\0\0\0GNU\0)([\s\S]{20}|[\s\S]{16}|[\s\S]{8})")
@@ -36,8 +36,8 @@ def rewrite(source: Path, target: Path, folder: Path) -> None:
     """Copy a package without what is local. folder: the one that it was built in."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         records = {name.partition("/")[2]: name for name in old.namelist()}
-        stems = sorted({match[1] for short in records if (match := STEM.search(short))})
-        names = {stem: f"c{place:0{len(stem) - 1}d}" for place, stem in enumerate(stems)}
+        sources = {short: old.read(full).decode() for short, full in records.items() if STEM.search(short)}
+        names = {stem: f"c{place:0{len(stem) - 1}d}" for place, stem in enumerate(_stems(sources, str(folder)))}
         kept = {_renamed(short, names): old.read(full) for short, full in records.items() if not DROPPED.search(short)}
         wrapper = next(full for short, full in records.items() if short.endswith(".wrapper.cpp"))
         kept[TABLE] = json.dumps(_table(old.read(wrapper).decode()), indent=1).encode()
@@ -46,6 +46,15 @@ def rewrite(source: Path, target: Path, folder: Path) -> None:
             entry = zipfile.ZipInfo(f"{FOLDER}/{short}", EPOCH)
             entry.create_system = 3
             new.writestr(entry, content)
+
+
+def _stems(sources: dict[str, str], folder: str) -> list[str]:
+    """Names of the sources, ordered by what they are and say: the names themselves are digests that the build folder is part of."""
+    found = {}
+    for short, text in sources.items():
+        match = STEM.search(short)
+        found[match[1]] = (match[2], [line for line in text.splitlines() if folder not in line])
+    return sorted(found, key=found.__getitem__)
 
 
 def weights(path: str | Path) -> dict[str, np.ndarray]:
